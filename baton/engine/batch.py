@@ -1,0 +1,73 @@
+"""The scheduler's order to the runner, and the runner's answer."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+from baton.types import BlockId, Logprobs, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """Sample one token from the logits of a row's last scheduled token.
+
+    `position` = index of the new token in prompt + output; the noise depends on (seed, position,
+    token id) alone.
+    """
+
+    choice: int
+    seed: int  # 32 bits, of this choice
+    position: int
+    params: SamplingParams
+    prompt_token_ids: Seq[int]  # for the repetition penalty
+    output_token_ids: Seq[int]  # so far, for penalties and min_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRow:
+    """One sequence's share of a step: tokens [start, start + len(token_ids)) of prompt + output.
+
+    After the step their KV is in slots block_ids[i // block_size] * block_size + i % block_size.
+    `samples` is empty while more of the prompt (or of committed output) is to come; it holds one
+    entry per choice when a prefill ends.
+    """
+
+    row_id: int
+    token_ids: Seq[int]
+    start: int
+    block_ids: Seq[BlockId]
+    samples: tuple[SampleRequest, ...]
+
+    @property
+    def num_context_tokens(self) -> int:
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step. `copies` (source block, target block) are done before anything is computed (copy on
+    write)."""
+
+    rows: tuple[ScheduledRow, ...]
+    copies: tuple[tuple[BlockId, BlockId], ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.token_ids) for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """token_id is -1 when the row's logits were not finite."""
+
+    token_id: int
+    logprobs: Logprobs | None = None
+
+
+class Runner(Protocol):
+    """Computes a batch: writes KV, samples. Raises on a fault that fails the whole step."""
+
+    def run(self, batch: Batch) -> dict[int, tuple[Sampled, ...]]:
+        """row_id → one Sampled per entry of the row's `samples`, in order; rows without samples are
+        absent."""
+        ...

@@ -1,0 +1,129 @@
+"""What a worker tells its engine. Plain data: the boundary could become a process boundary
+unchanged.
+
+A *leg* is one request on this worker. Life of a leg, by the command that opens it:
+
+    AddPrefill   waiting → running (prefill) → held        until Release or Abort
+    AddDecode    waiting_for_kv → running (recompute committed output, decode) → finished
+    AddLocal     waiting → running (prefill, decode) → finished
+
+Commands are applied only between steps. `in_flight` on Abort and Release says that a transfer
+thread may still read or write the leg's blocks: they go to quarantine and come back with Quiesced.
+"""
+
+from dataclasses import dataclass
+
+from baton.types import LegId, Request, TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
+class AddPrefill:
+    """Reserve blocks for the whole prompt at once, compute it, sample the first token of each open
+    choice, hold.
+
+    Never preempted once admitted. Committed output is not recomputed here; first tokens are sampled
+    at output index 0 all the same (the gateway drops what it has committed).
+    """
+
+    leg: LegId
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class AddDecode:
+    """Pin this worker's own prefix hit, reserve the rest of the prompt and one growth block per
+    open choice.
+
+    Answered at once (at the end of the step in which it is applied) by KVReserved or NoRoom.
+    """
+
+    leg: LegId
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class AddLocal:
+    """Prefill and decode here."""
+
+    leg: LegId
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class KVImported:
+    """The prompt's KV is in the reserved blocks. `first_tokens` hold index 0 of each open choice
+    (from the end frame); for a choice with committed output the committed ids win."""
+
+    leg: LegId
+    first_tokens: tuple[TokenChunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KVFailed:
+    """The writer has stopped; prompt tokens [0, valid_tokens) are verified. The leg keeps all its
+    blocks and waits."""
+
+    leg: LegId
+    valid_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeHere:
+    """A leg that waits for KV computes what is missing itself, keeping its verified prefix."""
+
+    leg: LegId
+
+
+@dataclass(frozen=True, slots=True)
+class Retain:
+    """A held leg was read: keep its blocks as long as nobody needs them (evicted oldest first, told
+    by LeaseEvicted)."""
+
+    leg: LegId
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Undo Retain while another reader attaches."""
+
+    leg: LegId
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A held leg is over."""
+
+    leg: LegId
+    in_flight: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Stop a leg in any state, or one of its choices. No event answers it. Unknown legs are
+    ignored."""
+
+    leg: LegId
+    choice: int | None = None
+    in_flight: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Quiesced:
+    """Whoever was reading or writing this leg's quarantined blocks has stopped."""
+
+    leg: LegId
+
+
+Command = (
+    AddPrefill
+    | AddDecode
+    | AddLocal
+    | KVImported
+    | KVFailed
+    | ComputeHere
+    | Retain
+    | Pin
+    | Release
+    | Abort
+    | Quiesced
+)

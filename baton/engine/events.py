@@ -1,0 +1,102 @@
+"""What an engine tells its worker: one StepOutput per step, handed over once. Plain data."""
+
+from dataclasses import dataclass
+
+from baton.errors import Cause
+from baton.types import BlockHash, BlockId, LegId, StepTiming, TokenChunk, WorkerSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class LegAdmitted:
+    """AddPrefill / AddLocal: blocks for the whole prompt are reserved.
+
+    `block_ids` cover prompt tokens [0, num_prompt_tokens) in order; tokens [0, num_cached_tokens)
+    are ready already.
+    """
+
+    leg: LegId
+    block_ids: tuple[BlockId, ...]
+    num_prompt_tokens: int
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """The KV of prompt tokens [0, tokens_done) is in the pool (all layers)."""
+
+    leg: LegId
+    tokens_done: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVReserved:
+    """AddDecode: `block_ids` cover the prompt; tokens [0, num_cached_tokens) are this worker's own
+    and ready."""
+
+    leg: LegId
+    block_ids: tuple[BlockId, ...]
+    num_prompt_tokens: int
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class LegRefused:
+    """No room now; nothing is held."""
+
+    leg: LegId
+    free_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class LegFailed:
+    """The leg is over; everything it held is free (or in quarantine)."""
+
+    leg: LegId
+    cause: Cause
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class LegTokens:
+    chunk: TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
+class LegPreempted:
+    """A running leg lost its blocks and will recompute; for metrics."""
+
+    leg: LegId
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseEvicted:
+    """A retained leg's blocks were taken."""
+
+    leg: LegId
+
+
+LegEvent = (
+    LegAdmitted
+    | PrefillProgress
+    | KVReserved
+    | LegRefused
+    | LegFailed
+    | LegTokens
+    | LegPreempted
+    | LeaseEvicted
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """Everything that happened since the previous StepOutput.
+
+    events: in order; per leg, LegAdmitted precedes PrefillProgress precedes LegTokens.
+    stored, removed: prefix hashes (one per HASH_TOKENS tokens) that became reusable / were evicted.
+    """
+
+    events: tuple[LegEvent, ...]
+    snapshot: WorkerSnapshot
+    timing: StepTiming | None
+    stored: tuple[BlockHash, ...] = ()
+    removed: tuple[BlockHash, ...] = ()

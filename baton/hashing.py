@@ -1,0 +1,46 @@
+"""Prefix hashes: the identity of a KV block is everything that led to it.
+
+H₀ = SHA-256("baton-kv-1" ‖ fingerprint ‖ salt), Hᵢ = SHA-256(Hᵢ₋₁ ‖ ids as u32le), one per
+HASH_TOKENS tokens. Test vectors: docs/kv-exchange.md.
+"""
+
+import hashlib
+import struct
+from collections.abc import Sequence
+
+from baton.types import HASH_TOKENS, BlockHash
+
+_ROOT = b"baton-kv-1"
+
+
+def root_hash(fingerprint: bytes, salt: bytes) -> BlockHash:
+    """H₀ of one model and one tenant. `salt` is already length-prefixed (see `join_salt`)."""
+    return BlockHash(hashlib.sha256(_ROOT + fingerprint + salt).digest())
+
+
+def extend_hashes(hashes: list[BlockHash], root: BlockHash, token_ids: Sequence[int]) -> None:
+    """Append the hashes of every full run of HASH_TOKENS in `token_ids` that `hashes` lacks, in
+    place."""
+    parent = hashes[-1] if hashes else root
+    for start in range(len(hashes) * HASH_TOKENS, len(token_ids) - HASH_TOKENS + 1, HASH_TOKENS):
+        ids = token_ids[start : start + HASH_TOKENS]
+        parent = BlockHash(hashlib.sha256(parent + struct.pack(f"<{HASH_TOKENS}I", *ids)).digest())
+        hashes.append(parent)
+
+
+def prefix_hashes(root: BlockHash, token_ids: Sequence[int]) -> list[BlockHash]:
+    """Hashes of all full runs of HASH_TOKENS tokens, in order."""
+    hashes: list[BlockHash] = []
+    extend_hashes(hashes, root, token_ids)
+    return hashes
+
+
+def tokens_digest(token_ids: Sequence[int]) -> bytes:
+    """SHA-256 of ids as u32le: binds a ticket to one prompt."""
+    return hashlib.sha256(struct.pack(f"<{len(token_ids)}I", *token_ids)).digest()
+
+
+def join_salt(tenant: bytes, cache_salt: bytes, adapter: bytes = b"") -> bytes:
+    """Tenant ‖ cache_salt ‖ adapter, each with its length as u32le, so that no two tuples
+    collide.""" return b"".join(struct.pack("<I", len(part)) + part for part in (tenant, cache_salt,
+    adapter))

@@ -1,0 +1,113 @@
+"""What a transport is: something that moves opaque frames, in order, from one producer to one
+consumer.
+
+A transport knows nothing of blocks, tickets or checksums. The producer side asks a `FrameSource`
+(the exporter) for an attachment and pulls frames from it as fast as the consumer takes them; the
+consumer side hands each frame to a `FrameSink` (the importer). Failure of either side ends the
+fetch with a `BatonError` on both.
+
+Guarantees every transport gives (tests/kvtransfer/test_transports.py runs them against each):
+    order       frames reach the sink in the order the attachment yields them, each exactly once;
+    bounded     at most `initial_credit` frames are in flight, whatever the sizes;
+    cancel      cancelling `fetch` ends the producer's attachment at once, and the reverse;
+    quiescence  when `fetch` returns or raises, nothing writes to the sink any more; when
+    `Attachment.close` has been
+                awaited, nothing reads the producer's blocks any more;
+    told        whatever ends a fetch early is a BatonError with its Cause on the consumer, never
+    silence.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from baton.types import KVLayout, KVRange, KVTicket, TransferStats, TransportAddress
+
+Buffers = Sequence[bytes | bytearray | memoryview]  # one frame, gathered: header, payload parts
+
+
+@dataclass(frozen=True, slots=True)
+class FetchOpen:
+    """What a consumer asks for, and what it claims about itself (checked by the producer)."""
+
+    ticket: KVTicket
+    range: KVRange
+    layout: KVLayout
+    fingerprint: bytes
+    tokens_digest: bytes
+    salt_digest: bytes
+    consumer: str
+    initial_credit: int = 8
+
+
+class Attachment(Protocol):
+    """Producer side of one fetch; created by `FrameSource.attach`."""
+
+    epoch: int
+    num_ready_tokens: int
+
+    def frames(self) -> AsyncIterator[Buffers]:
+        """Frames as their KV becomes ready, the end frame last. Raises BatonError when the lease is
+        lost."""
+        ...
+
+    def done(self) -> None:
+        """The consumer has verified everything."""
+        ...
+
+    async def close(self) -> None:
+        """The reader is gone; returns when nothing reads the blocks any more. Idempotent; always
+        called."""
+        ...
+
+
+class FrameSource(Protocol):
+    """Where attachments come from (`baton.kvtransfer.exporter`)."""
+
+    async def attach(self, fetch: FetchOpen) -> Attachment:
+        """Check the ticket and the consumer's claims and mint an epoch.
+
+        Raises:
+            BatonError: TICKET_*, *_MISMATCH, LEASE_UNKNOWN, LAYOUT_INCOMPATIBLE, DRAINING.
+        """
+        ...
+
+
+class FrameSink(Protocol):
+    """Where frames go (`baton.kvtransfer.importer`)."""
+
+    def opened(self, epoch: int, num_ready_tokens: int) -> None:
+        """The producer accepted; frames of this epoch follow."""
+        ...
+
+    async def frame(self, data: bytes | memoryview) -> bool:
+        """Verify one frame and write its KV. True = that was the end frame and everything is there.
+
+        Raises:
+            BatonError: FRAME_CORRUPT, FRAME_ORDER, FRAME_TRUNCATED, EPOCH_MISMATCH. The fetch ends
+            with it.
+        """
+        ...
+
+
+class Transport(Protocol):
+    name: str
+
+    async def start(self, source: FrameSource) -> TransportAddress:
+        """Serve fetches; the address goes into the worker's registration."""
+        ...
+
+    async def fetch(
+        self, peer: TransportAddress, fetch: FetchOpen, sink: FrameSink
+    ) -> TransferStats:
+        """Move frames from `peer` to `sink` until the sink has everything.
+
+        Raises:
+            BatonError: what the producer or the sink raised, TRANSPORT_FAILED, TRANSFER_STALLED.
+            asyncio.CancelledError: cancelled; the producer has been told.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Ends every fetch in both directions and frees sockets and memory. Idempotent."""
+        ...

@@ -1,0 +1,388 @@
+"""Train the demo model that ships with Baton on the sources of the Python standard library.
+
+The result is a small Qwen3-shaped checkpoint directory in Hugging Face layout. It exists so that
+`baton serve` answers with readable tokens on a machine that has downloaded nothing.
+"""
+
+import argparse
+import ast
+import hashlib
+import math
+import platform
+import random
+import re
+import string
+import sys
+import sysconfig
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    get_cosine_schedule_with_warmup,
+)
+
+TEXT_END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Tests, character tables and build leftovers are large and teach nothing about how Python reads.
+SKIPPED_DIRS = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"}
+)
+SKIPPED_FILES = ("_sysconfigdata", "python-config")
+PUBLIC_NAMES = {"posixpath": "os.path", "_pydecimal": "decimal", "_pyio": "io"}
+PUBLIC_NAMES |= {"_collections_abc": "collections.abc", "_pydatetime": "datetime"}
+QUESTIONS = ("What does {} do?", "Explain {}.", "What is {} for?", "Describe {}.")
+CODE_REQUESTS = ("Show me the code of {}.", "Write {} in Python.", "How is {} implemented?")
+ABOUT = (
+    "I am the demo model of Baton, a very small language model trained on the Python standard "
+    "library. I can write text that looks like Python, but I do not know much."
+)
+SMALL_TALK = {
+    "Hello": "Hello! " + ABOUT,
+    "Hello!": "Hello! " + ABOUT,
+    "Hi": "Hello! " + ABOUT,
+    "Who are you?": ABOUT,
+    "What can you do?": ABOUT,
+    "Thank you!": "You are welcome.",
+}
+SAMPLE_PROMPTS = ("def ", "import ", "class ", "for i in range(")
+SAMPLE_CHATS = ("Hello", "What does os.path.join do?", "Show me the code of textwrap.dedent.")
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """A documented function or class: dotted name, first docstring paragraph, dedented source."""
+
+    name: str
+    summary: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStream:
+    """Documents joined end to end. ids: [num_tokens] int64; starts: [num_documents] int64."""
+
+    ids: torch.Tensor
+    starts: torch.Tensor
+    num_bytes: int
+
+
+def library_files(root: Path) -> list[Path]:
+    return [
+        path
+        for path in sorted(root.rglob("*.py"))
+        if not SKIPPED_DIRS.intersection(path.relative_to(root).parts)
+        and not path.name.startswith(SKIPPED_FILES)
+    ]
+
+
+def module_name(root: Path, path: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    return PUBLIC_NAMES.get(name, name)
+
+
+def symbols(owner: str, body: list[ast.stmt], lines: list[str]) -> Iterator[Symbol]:
+    for node in body:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        name = f"{owner}.{node.name}"
+        summary = (ast.get_docstring(node) or "").split("\n\n")[0].strip()
+        source = "".join(lines[node.lineno - 1 : node.end_lineno])
+        yield Symbol(name, summary, textwrap.dedent(source).strip())
+        if isinstance(node, ast.ClassDef):
+            yield from symbols(name, node.body, lines)
+
+
+def chat(rng: random.Random, *turns: tuple[str, str]) -> str:
+    """Renders turns as CHAT_TEMPLATE does, now and then with a system message."""
+    messages = [("system", "You are a helpful assistant.")] if rng.random() < 0.2 else []
+    for question, answer in turns:
+        messages += [("user", question), ("assistant", answer)]
+    return "".join(f"{TURN_START}{role}\n{text}{TURN_END}\n" for role, text in messages)
+
+
+def symbol_documents(found: list[Symbol], rng: random.Random) -> list[str]:
+    """Definitions that stand alone, so that `def ` and `class ` may open a document, and chats."""
+    documents = []
+    turns: list[tuple[str, str]] = []
+    for symbol in found:
+        short_name = ".".join(symbol.name.split(".")[-2:])
+        name = rng.choice((symbol.name, symbol.name, short_name))
+        if symbol.source.count("\n") <= 60:
+            documents.append(symbol.source)
+        if 20 <= len(symbol.summary) <= 600:
+            turns.append((rng.choice(QUESTIONS).format(name), symbol.summary))
+            if symbol.source.count("\n") <= 25:
+                turns.append((rng.choice(CODE_REQUESTS).format(name), symbol.source))
+    rng.shuffle(turns)
+    while turns:
+        taken, turns = turns[-2:], turns[:-2]
+        documents += [chat(rng, *taken)] if rng.random() < 0.3 else [chat(rng, t) for t in taken]
+    return documents
+
+
+def file_documents(root: Path, path: Path, rng: random.Random) -> list[str]:
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    lines = text.splitlines(keepends=True)
+    documents = symbol_documents(list(symbols(module_name(root, path), tree.body, lines)), rng)
+    imports = (n.lineno for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom))
+    first_import = next(imports, 1)
+    if rng.random() < 0.5:  # so that `import ` may open a document
+        text = "".join(lines[first_import - 1 :])
+    return [text, *documents]
+
+
+def collect(root: Path, seed: int) -> tuple[list[str], list[str]]:
+    """Returns (training documents, held-out files). One file in fifty is held out, by its hash."""
+    rng = random.Random(seed)
+    training: list[str] = []
+    held_out: list[str] = []
+    for path in tqdm(library_files(root), desc="Reading", unit="file"):
+        digest = hashlib.sha256(str(path.relative_to(root)).encode()).digest()
+        try:
+            documents = file_documents(root, path, rng)
+        except (SyntaxError, UnicodeDecodeError) as error:  # samples of other languages and codecs
+            tqdm.write(f"skipped {path.name}: {error}")
+            continue
+        if digest[0] % 50 == 0:
+            held_out.append(documents[0])
+        else:
+            training += documents
+    small_talk = [chat(rng, turn) for turn in SMALL_TALK.items() for _ in range(60)]
+    return training + small_talk, held_out
+
+
+def train_tokenizer(documents: list[str], vocab_size: int, max_len: int) -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[TEXT_END, TURN_START, TURN_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    bpe.train_from_iterator(documents, trainer=trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=TURN_END,
+        pad_token=TEXT_END,
+        additional_special_tokens=[TURN_START],
+        model_max_length=max_len,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def cut(text: str, rng: random.Random) -> list[str]:
+    """Splits after some spaces. BPE glues a space to the word that follows, so the lone space that
+    ends a prompt such as `def ` would otherwise never be seen in training."""
+    spaces = (match.end() for match in re.finditer(r" (?=\w)", text))
+    cuts = [at for i, at in enumerate(spaces) if rng.random() < (0.02 if i else 0.3)]
+    return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str], seed: int) -> TokenStream:
+    rng = random.Random(seed)
+    order = rng.sample(documents, len(documents))
+    text_end = tokenizer.convert_tokens_to_ids(TEXT_END)
+    ids: list[int] = []
+    starts: list[int] = []
+    for document in tqdm(order, desc="Encoding", unit="doc"):
+        starts.append(len(ids))
+        for piece in cut(document, rng):
+            ids += tokenizer.backend_tokenizer.encode(piece, add_special_tokens=False).ids
+        ids.append(text_end)
+    num_bytes = sum(len(document.encode()) for document in documents)
+    return TokenStream(torch.tensor(ids), torch.tensor(starts), num_bytes)
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, max_len: int) -> Qwen3ForCausalLM:
+    text_end, turn_end = tokenizer.convert_tokens_to_ids([TEXT_END, TURN_END])
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=480,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=max_len,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=turn_end,
+        pad_token_id=text_end,
+    )
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=[turn_end, text_end],
+        pad_token_id=text_end,
+        do_sample=True,
+        temperature=0.6,
+        top_k=20,
+        top_p=0.95,
+    )
+    return model
+
+
+def draw_batch(stream: TokenStream, batch: int, length: int, rng: torch.Generator) -> torch.Tensor:
+    """Returns [batch, length] int64: half of the rows open at a document, half anywhere."""
+    last = len(stream.ids) - length
+    anywhere = torch.randint(last, (batch - batch // 2,), generator=rng)
+    picks = torch.randint(len(stream.starts), (batch // 2,), generator=rng)
+    begins = torch.cat([anywhere, stream.starts[picks].clamp(max=last)])
+    return torch.stack([stream.ids[begin : begin + length] for begin in begins.tolist()])
+
+
+def train(model: Qwen3ForCausalLM, stream: TokenStream, args: argparse.Namespace) -> None:
+    rng = torch.Generator().manual_seed(args.seed)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    gains = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}],
+        lr=args.lr,
+        betas=(0.9, 0.95),
+    )
+    warmup = min(200, args.steps // 10)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, args.steps)
+    # The last steps see full-length rows (as many tokens per step), or RoPE angles that occur only
+    # in long prompts would be untrained.
+    first_long_step = round(args.steps * (1 - args.long_share))
+    smooth_loss = math.log(model.config.vocab_size)
+    with tqdm(total=args.steps * args.batch_tokens, unit="tok", unit_scale=True) as bar:
+        for step in range(args.steps):
+            length = args.max_len if step >= first_long_step else args.context
+            batch = draw_batch(stream, max(2, args.batch_tokens // length), length, rng)
+            with torch.autocast("cpu", torch.bfloat16, enabled=not args.fp32):
+                loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            smooth_loss += 0.05 * (loss.item() - smooth_loss)
+            bar.update(args.batch_tokens)
+            bar.set_postfix(step=step + 1, loss=f"{smooth_loss:.3f}")
+
+
+@torch.inference_mode()
+def bits_per_byte(model: Qwen3ForCausalLM, stream: TokenStream, length: int) -> float:
+    """Mean code length of the held-out files, read in rows of `length` tokens without overlap."""
+    rows = stream.ids[: len(stream.ids) // length * length].view(-1, length)
+    losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in rows]
+    mean_nats = sum(losses) / len(losses)
+    return mean_nats / math.log(2) * len(stream.ids) / stream.num_bytes
+
+
+@torch.inference_mode()
+def complete(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, num_tokens: int
+) -> str:
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=num_tokens)
+    text: str = tokenizer.decode(output[0], skip_special_tokens=False)
+    return text
+
+
+def samples(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> str:
+    """Returns greedy completions of fixed prompts as Markdown, special tokens visible."""
+    chats = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        for question in SAMPLE_CHATS
+    ]
+    prompts = [*SAMPLE_PROMPTS, *chats]
+    texts = [complete(model, tokenizer, prompt, 80) for prompt in prompts]
+    return "\n\n".join(f"~~~text\n{text}\n~~~" for text in texts)
+
+
+def shown_arguments(args: argparse.Namespace) -> str:
+    return " ".join(f"--{k.replace('_', '-')} {v}" for k, v in vars(args).items() if k != "output")
+
+
+def save(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    streams: tuple[TokenStream, TokenStream],
+    args: argparse.Namespace,
+) -> None:
+    """Writes the bf16 checkpoint, reads it back, and describes in the card what was read back."""
+    model.to(torch.bfloat16).save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output, save_jinja_files=False)
+    saved = Qwen3ForCausalLM.from_pretrained(args.output, dtype=torch.bfloat16).eval()
+    training, held_out = streams
+    template = Path(__file__).with_name("demo_model_card.md").read_text(encoding="utf-8")
+    card = string.Template(template).substitute(
+        num_parameters=f"{saved.num_parameters():,}",
+        vocab_size=len(tokenizer),
+        python=platform.python_version(),
+        torch=torch.__version__.split("+")[0],
+        transformers=transformers.__version__,
+        train_bytes=f"{training.num_bytes / 1e6:.1f}",
+        train_tokens=f"{len(training.ids) / 1e6:.1f}",
+        seen_tokens=f"{args.steps * args.batch_tokens / 1e6:.1f}",
+        bits_per_byte=f"{bits_per_byte(saved, held_out, args.context):.2f}",
+        context=args.context,
+        max_len=args.max_len,
+        arguments=shown_arguments(args),
+        samples=samples(saved, tokenizer),
+    )
+    (args.output / "README.md").write_text(card, encoding="utf-8")
+    print(card)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    default_output = Path(__file__).parents[1] / "baton" / "demo_model"
+    parser.add_argument("--output", type=Path, default=default_output, help="checkpoint directory")
+    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps")
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens per step")
+    parser.add_argument("--context", type=int, default=256, help="row length in tokens")
+    parser.add_argument("--max-len", type=int, default=2048, help="longest sequence in tokens")
+    parser.add_argument("--long-share", type=float, default=0.1, help="share of --max-len steps")
+    parser.add_argument(
+        "--vocab-size", type=int, default=2048, help="tokens, special ones included"
+    )
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data order and weights")
+    parser.add_argument("--fp32", action="store_true", help="no bf16 autocast")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.manual_seed(args.seed)
+    documents, held_out_documents = collect(Path(sysconfig.get_path("stdlib")), args.seed)
+    tokenizer = train_tokenizer(documents, args.vocab_size, args.max_len)
+    training = encode(tokenizer, documents, args.seed)
+    held_out = encode(tokenizer, held_out_documents, args.seed)
+    model = build_model(tokenizer, args.max_len)
+    print(
+        f"{len(documents)} documents, {training.num_bytes / 1e6:.1f} MB, "
+        f"{len(training.ids) / 1e6:.2f} M tokens; {model.num_parameters() / 1e6:.2f} M parameters",
+        file=sys.stderr,
+    )
+    train(model, training, args)
+    save(model, tokenizer, (training, held_out), args)
+
+
+if __name__ == "__main__":
+    main()
