@@ -5,8 +5,6 @@ The result is a small Qwen3-shaped checkpoint directory in Hugging Face layout. 
 """
 
 import argparse
-import ast
-import hashlib
 import math
 import platform
 import random
@@ -14,13 +12,12 @@ import re
 import string
 import sys
 import sysconfig
-import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from demo_corpus import CHAT_TEMPLATE, TEXT_END, TURN_END, TURN_START, collect
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
@@ -31,45 +28,8 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-TEXT_END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-# Tests, character tables and build leftovers are large and teach nothing about how Python reads.
-SKIPPED_DIRS = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"}
-)
-SKIPPED_FILES = ("_sysconfigdata", "python-config")
-PUBLIC_NAMES = {"posixpath": "os.path", "_pydecimal": "decimal", "_pyio": "io"}
-PUBLIC_NAMES |= {"_collections_abc": "collections.abc", "_pydatetime": "datetime"}
-QUESTIONS = ("What does {} do?", "Explain {}.", "What is {} for?", "Describe {}.")
-CODE_REQUESTS = ("Show me the code of {}.", "Write {} in Python.", "How is {} implemented?")
-ABOUT = (
-    "I am the demo model of Baton, a very small language model trained on the Python standard "
-    "library. I can write text that looks like Python, but I do not know much."
-)
-SMALL_TALK = {
-    "Hello": "Hello! " + ABOUT,
-    "Hello!": "Hello! " + ABOUT,
-    "Hi": "Hello! " + ABOUT,
-    "Who are you?": ABOUT,
-    "What can you do?": ABOUT,
-    "Thank you!": "You are welcome.",
-}
 SAMPLE_PROMPTS = ("def ", "import ", "class ", "for i in range(")
 SAMPLE_CHATS = ("Hello", "What does os.path.join do?", "Show me the code of textwrap.dedent.")
-
-
-@dataclass(frozen=True, slots=True)
-class Symbol:
-    """A documented function or class: dotted name, first docstring paragraph, dedented source."""
-
-    name: str
-    summary: str
-    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,93 +39,6 @@ class TokenStream:
     ids: torch.Tensor
     starts: torch.Tensor
     num_bytes: int
-
-
-def library_files(root: Path) -> list[Path]:
-    return [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if not SKIPPED_DIRS.intersection(path.relative_to(root).parts)
-        and not path.name.startswith(SKIPPED_FILES)
-    ]
-
-
-def module_name(root: Path, path: Path) -> str:
-    parts = path.relative_to(root).with_suffix("").parts
-    name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-    return PUBLIC_NAMES.get(name, name)
-
-
-def symbols(owner: str, body: list[ast.stmt], lines: list[str]) -> Iterator[Symbol]:
-    for node in body:
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            continue
-        name = f"{owner}.{node.name}"
-        summary = (ast.get_docstring(node) or "").split("\n\n")[0].strip()
-        source = "".join(lines[node.lineno - 1 : node.end_lineno])
-        yield Symbol(name, summary, textwrap.dedent(source).strip())
-        if isinstance(node, ast.ClassDef):
-            yield from symbols(name, node.body, lines)
-
-
-def chat(rng: random.Random, *turns: tuple[str, str]) -> str:
-    """Renders turns as CHAT_TEMPLATE does, now and then with a system message."""
-    messages = [("system", "You are a helpful assistant.")] if rng.random() < 0.2 else []
-    for question, answer in turns:
-        messages += [("user", question), ("assistant", answer)]
-    return "".join(f"{TURN_START}{role}\n{text}{TURN_END}\n" for role, text in messages)
-
-
-def symbol_documents(found: list[Symbol], rng: random.Random) -> list[str]:
-    """Definitions that stand alone, so that `def ` and `class ` may open a document, and chats."""
-    documents = []
-    turns: list[tuple[str, str]] = []
-    for symbol in found:
-        short_name = ".".join(symbol.name.split(".")[-2:])
-        name = rng.choice((symbol.name, symbol.name, short_name))
-        if symbol.source.count("\n") <= 60:
-            documents.append(symbol.source)
-        if 20 <= len(symbol.summary) <= 600:
-            turns.append((rng.choice(QUESTIONS).format(name), symbol.summary))
-            if symbol.source.count("\n") <= 25:
-                turns.append((rng.choice(CODE_REQUESTS).format(name), symbol.source))
-    rng.shuffle(turns)
-    while turns:
-        taken, turns = turns[-2:], turns[:-2]
-        documents += [chat(rng, *taken)] if rng.random() < 0.3 else [chat(rng, t) for t in taken]
-    return documents
-
-
-def file_documents(root: Path, path: Path, rng: random.Random) -> list[str]:
-    text = path.read_text(encoding="utf-8")
-    tree = ast.parse(text)
-    lines = text.splitlines(keepends=True)
-    documents = symbol_documents(list(symbols(module_name(root, path), tree.body, lines)), rng)
-    imports = (n.lineno for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom))
-    first_import = next(imports, 1)
-    if rng.random() < 0.5:  # so that `import ` may open a document
-        text = "".join(lines[first_import - 1 :])
-    return [text, *documents]
-
-
-def collect(root: Path, seed: int) -> tuple[list[str], list[str]]:
-    """Returns (training documents, held-out files). One file in fifty is held out, by its hash."""
-    rng = random.Random(seed)
-    training: list[str] = []
-    held_out: list[str] = []
-    for path in tqdm(library_files(root), desc="Reading", unit="file"):
-        digest = hashlib.sha256(str(path.relative_to(root)).encode()).digest()
-        try:
-            documents = file_documents(root, path, rng)
-        except (SyntaxError, UnicodeDecodeError) as error:  # samples of other languages and codecs
-            tqdm.write(f"skipped {path.name}: {error}")
-            continue
-        if digest[0] % 50 == 0:
-            held_out.append(documents[0])
-        else:
-            training += documents
-    small_talk = [chat(rng, turn) for turn in SMALL_TALK.items() for _ in range(60)]
-    return training + small_talk, held_out
 
 
 def train_tokenizer(documents: list[str], vocab_size: int, max_len: int) -> PreTrainedTokenizerFast:
@@ -285,7 +158,7 @@ def bits_per_byte(model: Qwen3ForCausalLM, stream: TokenStream, length: int) -> 
     """Mean code length of the held-out files, read in rows of `length` tokens without overlap."""
     rows = stream.ids[: len(stream.ids) // length * length].view(-1, length)
     losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in rows]
-    mean_nats = sum(losses) / len(losses)
+    mean_nats: float = sum(losses) / len(losses)
     return mean_nats / math.log(2) * len(stream.ids) / stream.num_bytes
 
 
@@ -358,9 +231,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=256, help="row length in tokens")
     parser.add_argument("--max-len", type=int, default=2048, help="longest sequence in tokens")
     parser.add_argument("--long-share", type=float, default=0.1, help="share of --max-len steps")
-    parser.add_argument(
-        "--vocab-size", type=int, default=2048, help="tokens, special ones included"
-    )
+    parser.add_argument("--vocab-size", type=int, default=2048, help="number of tokens")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="seed of data order and weights")
     parser.add_argument("--fp32", action="store_true", help="no bf16 autocast")
