@@ -1,0 +1,156 @@
+"""The seam between the HTTP side of the gateway and its routing side.
+
+The HTTP side (app, completions, chat, stream) turns a body into `Request`s, opens a
+`RequestStream` for each and owns everything that has to do with text: detokenization, stop strings,
+usage, SSE. The routing side (router, request machine, sessions) implements `Backend` and owns
+everything that has to do with workers. Both run on one event loop; nothing here is thread-safe.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from baton.types import Request, Role, TokenChunk, TransferStats, WorkerSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What the HTTP side must know of the model to validate a request; from worker registrations.
+
+    A fleet serves one model, possibly under several names: one entry for each. Where workers
+    differ, the smallest `max_model_len` is given.
+    """
+
+    name: str
+    max_model_len: int  # prompt + output tokens
+    vocab_size: int  # width of the logits; every id a client sends must be below it
+    eos_token_ids: tuple[int, ...]
+
+
+class WorkerState(StrEnum):
+    CONNECTING = "connecting"  # known to discovery, no session yet
+    UP = "up"
+    STUCK = "stuck"  # heartbeats come, steps do not
+    DRAINING = "draining"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """One worker as the gateway sees it now."""
+
+    worker_id: str
+    role: Role
+    state: WorkerState
+    model: str
+    pid: int
+    address: str  # gRPC, host:port
+    host_id: str
+    device: str
+    block_size: int  # tokens
+    snapshot: WorkerSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class LinkView:
+    """What went from one producer to one consumer so far; only links that moved something."""
+
+    source: str  # worker_id of P
+    target: str  # worker_id of D
+    transport: str  # the one used last
+    num_transfers: int
+    num_bytes: int
+    bytes_per_s: float  # measured, smoothed
+    num_failures: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    workers: tuple[WorkerView, ...] = ()
+    links: tuple[LinkView, ...] = ()
+
+
+class PrefillPath(StrEnum):
+    """Where the prompt of a request was computed."""
+
+    NONE = "none"  # nowhere yet
+    REMOTE = "remote"  # on a prefill worker, its KV fetched by the decode worker
+    LOCAL = "local"  # on the worker that decodes
+
+
+@dataclass(frozen=True, slots=True)
+class RequestReport:
+    """How a request went, so far; final once the stream ended or was aborted.
+
+    `queue_ms` runs from `Backend.open` to the (first) Admitted, `prefill_ms` from there to the
+    first committed token; both are 0 until their end is known, and lie within the time the HTTP
+    side measures around them, which makes its split of TTFT add up.
+    """
+
+    path: PrefillPath = PrefillPath.NONE
+    prefill_worker: str = ""
+    decode_worker: str = ""
+    num_cached_tokens: int = 0  # prompt tokens that no worker had to compute
+    num_attempts: int = 0  # legs minted
+    queue_ms: float = 0.0
+    prefill_ms: float = 0.0
+    transfers: tuple[TransferStats, ...] = field(default=())  # finished imports, in order
+
+
+class RequestStream(Protocol):
+    """One open request. Every opened stream is either iterated to its end or aborted.
+
+    Iteration yields committed tokens only: strictly in index order within a choice, each index
+    once. It ends when every choice is finished, and raises `BatonError` when the request failed
+    for good; whatever failed before and was recovered from is invisible here. Tokens that are not
+    read yet are kept (at most what `max_tokens` allows for each choice), so a slow reader never
+    holds up a worker; it is the reader's task to abort when its client has stopped reading.
+    """
+
+    def __aiter__(self) -> "RequestStream": ...
+
+    async def __anext__(self) -> TokenChunk:
+        """Cancelling the await loses no token.
+
+        Raises:
+            StopAsyncIteration: every choice is finished.
+            BatonError: the request failed, or was aborted by the routing side.
+        """
+        ...
+
+    def finish_choice(self, choice: int) -> None:
+        """A stop string matched: this choice needs no more tokens. Chunks of it that are already
+        kept may still be yielded. Idempotent."""
+        ...
+
+    def abort(self) -> None:
+        """Drop the request everywhere. Never raises, never waits; legal in every state,
+        idempotent; after it iteration ends without an error."""
+        ...
+
+    @property
+    def report(self) -> RequestReport: ...
+
+
+class Backend(Protocol):
+    def models(self) -> tuple[ServedModel, ...]:
+        """What the workers that are up serve; empty while there are none."""
+        ...
+
+    def ready(self) -> bool:
+        """At least one route (prefill → decode, or a worker with both roles) has been proven by a
+        tiny request and is still up, and the gateway is not draining."""
+        ...
+
+    def topology(self) -> ClusterView: ...
+
+    def open(self, request: Request) -> RequestStream:
+        """Admit a request: plan its route and send it off, or put it into the bounded queue.
+
+        `request.request_id` is unique (minted by the HTTP side, never the client's own words),
+        `sampling.seed` and `sampling.max_tokens` are set, prompt + max_tokens fits the model.
+
+        Raises:
+            BatonError: NO_WORKER, OVERLOADED, DRAINING, NEVER_FITS; at once.
+        """
+        ...
