@@ -1,0 +1,312 @@
+"""Every setting of Baton, declared once: name, type, default, bounds and help.
+
+The command line, the environment and YAML are three spellings of the same fields:
+
+    defaults < --config FILE (YAML) < BATON_* < flags
+
+`--max-num-seqs 8` = `BATON_MAX_NUM_SEQS=8` = `max_num_seqs: 8`. Names and meanings are vLLM's where
+vLLM has them. An unknown key or a bad value is a `ConfigError` of one line.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+
+ENV_PREFIX = "BATON_"
+_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+class ConfigError(Exception):
+    """A setting is unknown or invalid; the message is one line for the user."""
+
+
+def _parse_size(value: object) -> object:
+    """'512MiB', '2g' or a plain number → bytes; anything else is left for pydantic to refuse."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower().removesuffix("b")
+    for unit in sorted(_UNITS, key=len, reverse=True):
+        number = text.removesuffix(unit)
+        if number != text:
+            try:
+                return int(float(number) * _UNITS[unit])
+            except ValueError:
+                return value
+    return text
+
+
+def _split_list(value: object) -> object:
+    return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+
+ByteSize = Annotated[int, BeforeValidator(_parse_size), Field(gt=0)]
+StrList = Annotated[tuple[str, ...], BeforeValidator(_split_list)]
+SecretList = Annotated[tuple[SecretStr, ...], BeforeValidator(_split_list)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelSettings(_Section):
+    """Model"""
+
+    model: str | None = Field(None, description="Directory or hub id; the bundled demo if absent.")
+    served_model_name: str | None = Field(None, description="Name in the API; --model if absent.")
+    tokenizer: str | None = Field(None, description="Directory or hub id; --model if absent.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Of weights, activations and KV; auto = the checkpoint's."
+    )
+    max_model_len: int | None = Field(None, gt=0, description="Tokens of prompt + output.")
+    load_format: Literal["auto", "safetensors", "dummy"] = Field(
+        "auto", description="dummy = random weights of the configured shape."
+    )
+    seed: int = Field(
+        0, description="Of dummy weights, and of nothing else: requests carry theirs."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
+
+
+class EngineSettings(_Section):
+    """Engine and KV cache"""
+
+    block_size: int = Field(16, gt=0, multiple_of=16, description="Tokens in a KV block.")
+    kv_cache_memory_bytes: ByteSize | None = Field(
+        None, description="Size of the KV pool, e.g. 2GiB; derived from free memory if absent."
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Share of the GPU's memory for weights, KV and activations."
+    )
+    enable_prefix_caching: bool = Field(True, description="Reuse the KV of equal prefixes.")
+    max_num_seqs: int = Field(64, gt=0, le=4096, description="Sequences in one step.")
+    max_num_batched_tokens: int = Field(
+        512, gt=0, description="Tokens in one step; longer prefills are cut into chunks."
+    )
+    batch_invariant: bool = Field(
+        False, description="Results do not depend on batch, chunk or padding, bit for bit."
+    )
+    threads: int | None = Field(
+        None, gt=0, description="CPU threads of one worker; its share of the cores if absent."
+    )
+
+
+class ClusterSettings(_Section):
+    """Cluster"""
+
+    cluster: str = Field(
+        "default", pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="Name that separates fleets."
+    )
+    redis_url: str | None = Field(
+        None, description="redis://, rediss:// or unix://; `baton serve` starts its own if absent."
+    )
+    cluster_token: SecretList = Field(
+        (), description="Secret between gateways and workers; two, comma-separated, while rotating."
+    )
+
+
+class WorkerSettings(_Section):
+    """Worker"""
+
+    worker_id: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9_.-]{1,64}$",
+        description="Name in logs and in /v1/cluster; made from role and host if absent.",
+    )
+    worker_host: str = Field("127.0.0.1", description="Address the worker listens on.")
+    worker_port: int = Field(0, ge=0, le=65535, description="gRPC port; 0 = any free one.")
+    advertise_host: str | None = Field(
+        None, description="Address others reach this worker at; --worker-host if absent."
+    )
+    metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port; 0 = any free one.")
+    transports: StrList = Field(
+        ("ucx", "grpc"), description="KV transports to offer and use, in order of preference."
+    )
+    lease_ms: int = Field(
+        30_000, gt=0, description="How long KV is kept for a decode worker that shows no progress."
+    )
+    lease_watermark: float = Field(
+        0.8, gt=0, le=1, description="Share of the KV pool that leases may pin."
+    )
+    worker_drain_timeout_s: float = Field(
+        30.0, gt=0, description="How long running work may go on after SIGTERM."
+    )
+    failpoint: StrList = Field(
+        (), description="NAME:COUNT=kill|stop|error, for fault tests; refused without --test-hooks."
+    )
+    test_hooks: bool = Field(False, description="Allow --failpoint. Never in production.")
+
+
+class GatewaySettings(_Section):
+    """Gateway"""
+
+    host: str = Field("127.0.0.1", description="Address of the HTTP server.")
+    port: int = Field(8000, ge=0, le=65535, description="Port of the HTTP server.")
+    api_key: SecretList = Field((), description="Keys that clients must present; comma-separated.")
+    slo_ttft_ms: float | None = Field(
+        None, gt=0, description="Refuse requests predicted to miss this time to first token."
+    )
+    slo_tpot_ms: float = Field(
+        200.0, gt=0, description="Decode workers prefill locally only within this time per token."
+    )
+    max_pending_requests: int = Field(
+        1024, gt=0, description="Open requests before new ones get 429."
+    )
+    max_body_bytes: ByteSize = Field(16 * 2**20, description="Largest request body.")
+    request_timeout_s: float = Field(600.0, gt=0, description="Deadline of one request.")
+    tokenizer_threads: int = Field(2, gt=0, description="Threads that tokenize and render.")
+    drain_timeout_s: float = Field(
+        30.0, gt=0, description="How long streams may go on after SIGTERM."
+    )
+
+
+class LogSettings(_Section):
+    """Logging"""
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Level.")
+    log_format: Literal["text", "json"] = Field("text", description="Lines for people or machines.")
+
+
+class FleetSettings(_Section):
+    """Fleet"""
+
+    prefill_workers: int = Field(1, ge=0, description="Prefill workers on this host.")
+    decode_workers: int = Field(1, ge=0, description="Decode workers on this host.")
+
+
+class GatewayConfig(GatewaySettings, ModelSettings, ClusterSettings, LogSettings):
+    """What `baton gateway` needs; of the model it uses name, tokenizer and revision."""
+
+
+class WorkerConfig(WorkerSettings, ModelSettings, EngineSettings, ClusterSettings, LogSettings):
+    """What `baton prefill-worker` and `baton decode-worker` need."""
+
+
+class ServeConfig(
+    FleetSettings,
+    GatewaySettings,
+    WorkerSettings,
+    ModelSettings,
+    EngineSettings,
+    ClusterSettings,
+    LogSettings,
+):
+    """What `baton serve` needs: all of it."""
+
+
+Config = TypeVar("Config", bound=_Section)
+
+
+class Setting(NamedTuple):
+    """One field, for building a command line from it."""
+
+    name: str
+    group: str
+    info: FieldInfo
+
+    @property
+    def env(self) -> str:
+        return ENV_PREFIX + self.name.upper()
+
+
+def settings_of(config: type[BaseModel]) -> Iterator[Setting]:
+    """Every field of `config` with the group (title of the section) that declares it."""
+    for section in config.__mro__:
+        if issubclass(section, BaseModel) and section.__bases__ == (_Section,):
+            for name in section.__annotations__:
+                yield Setting(name, (section.__doc__ or "").strip(), config.model_fields[name])
+
+
+_ALL_ENV = frozenset(setting.env for setting in settings_of(ServeConfig))
+
+
+def load_config(
+    config: type[Config],
+    flags: Mapping[str, Any],
+    env: Mapping[str, str],
+    config_file: str | None = None,
+) -> Config:
+    """Merge the four sources.
+
+    flags: field → value, only those that were given. env: usually os.environ.
+
+    Raises:
+        ConfigError: unknown key or bad value, naming the key and where it came from.
+    """
+    known = {setting.name: setting for setting in settings_of(config)}
+    for name in env:
+        if name.startswith(ENV_PREFIX) and name not in _ALL_ENV:
+            raise ConfigError(f"the environment: unknown setting {name}")
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    sources = (
+        (config_file or "", _read_yaml(config_file)),
+        ("the environment", {n: env[s.env] for n, s in known.items() if s.env in env}),
+        ("the command line", dict(flags)),
+    )
+    for source, values in sources:
+        for name, value in values.items():
+            if name not in known:
+                raise ConfigError(f"{source}: unknown setting '{name}'")
+            merged[name] = value
+            origin[name] = source
+    try:
+        return config.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        where = origin.get(name, "the defaults")
+        flag = "--" + name.replace("_", "-")
+        raise ConfigError(f"{flag} ({where}): {first['msg'].lower()}") from None
+
+
+def _read_yaml(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"--config: cannot read {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config: {path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"--config: {path} must hold `setting: value` pairs")
+    return {str(key).replace("-", "_"): value for key, value in data.items()}
+
+
+def describe(config: BaseModel) -> str:
+    """The resolved settings, a line per group; secrets masked, unset ones left out."""
+    groups: dict[str, list[str]] = {}
+    for name, group, _ in settings_of(type(config)):
+        value = getattr(config, name)
+        if value not in (None, ()):
+            groups.setdefault(group, []).append(f"{name}={_shown(value)}")
+    return "\n".join(f"  {group}: {', '.join(values)}" for group, values in groups.items())
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(_shown(item) for item in value)
+    return "***" if isinstance(value, SecretStr) else str(value)
+
+
+def to_env(config: BaseModel) -> dict[str, str]:
+    """Settings as BATON_* variables: how `baton serve` hands its own to its children."""
+    env: dict[str, str] = {}
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if value != field.default and value is not None:
+            env[ENV_PREFIX + name.upper()] = _env_value(value)
+    return env
+
+
+def _env_value(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(_env_value(item) for item in value)
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    return str(value)
