@@ -1,0 +1,32 @@
+"""May KV made by one worker be decoded by another? Asked by the router before it pairs them and by both ends of a
+fetch, so that all three agree."""
+
+from baton.errors import Cause
+from baton.types import KVLayout, WorkerInfo
+
+
+def layout_conflict(source: KVLayout, target: KVLayout) -> str | None:
+    """What forbids converting `source` into `target`, or None. block_size and tp_size may differ."""
+    if len(source.groups) != len(target.groups):
+        return f"{len(source.groups)} KV groups against {len(target.groups)}"
+    for index, (mine, theirs) in enumerate(zip(source.groups, target.groups, strict=True)):
+        for name in ("kind", "num_layers", "num_kv_heads", "head_dim", "dtype", "window"):
+            if getattr(mine, name) != getattr(theirs, name):
+                return (
+                    f"KV group {index}: {name} {getattr(mine, name)} against {getattr(theirs, name)}"
+                )
+    return None
+
+
+def pair_conflict(producer: WorkerInfo, consumer: WorkerInfo) -> tuple[Cause, str] | None:
+    """Why `consumer` must not fetch from `producer`, or None when it may."""
+    if producer.protocol[0] != consumer.protocol[0]:
+        return Cause.UNSUPPORTED, (
+            f"protocol {producer.protocol[0]} against {consumer.protocol[0]}"
+        )
+    if producer.fingerprint != consumer.fingerprint:
+        return Cause.MODEL_MISMATCH, "model fingerprints differ"
+    conflict = layout_conflict(producer.layout, consumer.layout)
+    if conflict is not None:
+        return Cause.LAYOUT_INCOMPATIBLE, conflict
+    return None

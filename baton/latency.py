@@ -1,0 +1,172 @@
+"""How long things take, learned online: the one model that router, admission and planner share.
+
+A step of a worker is a sum of parts, each proportional to one thing that it did:
+
+    step_ms = c0 + c1·prefill_tokens + c2·prefill_tokens·(cached + prefill_tokens / 2) + c3·decodes + c4·context_tokens
+
+(linear layers, attention of the prompt, per-sequence work, reading the KV cache). The coefficients are the
+non-negative least-squares fit of the *relative* error over an exponentially forgotten past, pulled towards a prior
+while there is little evidence. Steps far off the prediction weigh less (Huber), and the first few, which pay for
+warm-up, not at all.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from baton.types import StepTiming
+
+NUM_FEATURES = 5
+_HUBER = 0.5  # relative error beyond which a step's weight falls as 1 / error
+_REFIT_EVERY = 4  # observations between two fits
+_SWEEPS = 30  # coordinate descent over five coefficients
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyPrior:
+    """What to believe of a worker that has not been seen at work, in ms per unit (see the module's formula)."""
+
+    coefficients: tuple[float, ...] = (2.0, 0.05, 1e-6, 0.2, 2e-4)
+    strength: float = 0.05  # weight against one observation
+    chunk_tokens: int = 512  # prefill tokens per step until more have been seen in one
+
+
+def _features(prefill: float, cached: float, decodes: float, context: float) -> list[float]:
+    return [1.0, prefill, prefill * (cached + prefill / 2), decodes, context]
+
+
+@dataclass(slots=True)
+class LatencyModel:
+    """Of one worker. Fed with StepTiming, asked for predictions; all in ms, finite and never negative."""
+
+    prior: LatencyPrior = LatencyPrior()
+    forgetting: float = 0.98  # weight of the past after one more step
+    num_warmup: int = 3
+    num_steps: int = 0
+    num_prefill_steps: int = 0
+    _gram: list[list[float]] = field(default_factory=list)
+    _moment: list[float] = field(default_factory=list)
+    _coefficients: list[float] = field(default_factory=list)
+    _chunk_tokens: int = 0
+    _unfitted: int = 0
+
+    def __post_init__(self) -> None:
+        self._gram = [[0.0] * NUM_FEATURES for _ in range(NUM_FEATURES)]
+        self._moment = [0.0] * NUM_FEATURES
+        self._coefficients = list(self.prior.coefficients)
+
+    def observe(self, timing: StepTiming) -> None:
+        """Learn from one step. Ignores steps that did nothing, warm-up and impossible durations."""
+        work = timing.num_prefill_tokens + timing.num_decodes
+        if work <= 0 or not (math.isfinite(timing.duration_ms) and timing.duration_ms > 0):
+            return
+        self.num_steps += 1
+        if self.num_steps <= self.num_warmup:
+            return
+        self._chunk_tokens = max(self._chunk_tokens, timing.num_prefill_tokens)
+        self.num_prefill_steps += timing.num_prefill_tokens > 0
+        row = _features(
+            timing.num_prefill_tokens,
+            timing.num_cached_tokens,
+            timing.num_decodes,
+            timing.context_tokens,
+        )
+        error = abs(self._dot(row) / timing.duration_ms - 1.0)
+        trusted = self.num_steps > self.num_warmup + 2 * NUM_FEATURES  # until then all is news
+        weight = _HUBER / error if trusted and error > _HUBER else 1.0
+        self._accumulate([x / timing.duration_ms for x in row], weight)
+
+    def step_ms(self, timing: StepTiming) -> float:
+        """Predicted duration of a step that does what `timing` says (its own duration is ignored)."""
+        return self._predict(
+            timing.num_prefill_tokens,
+            timing.num_cached_tokens,
+            timing.num_decodes,
+            timing.context_tokens,
+        )
+
+    def prefill_ms(self, num_uncached_tokens: int, num_cached_tokens: int = 0) -> float:
+        """Time to prefill that many tokens after a cached prefix, chunk by chunk, alone on the worker."""
+        if num_uncached_tokens <= 0:
+            return 0.0
+        chunks = math.ceil(num_uncached_tokens / (self._chunk_tokens or self.prior.chunk_tokens))
+        whole = self._predict(num_uncached_tokens, num_cached_tokens, 0, 0)
+        return whole + (chunks - 1) * self._fitted()[0]
+
+    def decode_step_ms(self, batch: int, context_tokens: int) -> float:
+        """Time of one step that decodes `batch` sequences with `context_tokens` tokens of context in all."""
+        return self._predict(0, 0, max(batch, 0), max(context_tokens, 0)) if batch > 0 else 0.0
+
+    def _predict(self, prefill: float, cached: float, decodes: float, context: float) -> float:
+        self._fitted()
+        return self._dot(_features(prefill, cached, decodes, context))
+
+    def _dot(self, row: Sequence[float]) -> float:
+        return sum(c * x for c, x in zip(self._coefficients, row, strict=True))
+
+    def _accumulate(self, row: Sequence[float], weight: float) -> None:
+        for i in range(NUM_FEATURES):
+            gram = self._gram[i]
+            scaled = weight * row[i]
+            for j in range(NUM_FEATURES):
+                gram[j] = self.forgetting * gram[j] + scaled * row[j]
+            # Every duration is scaled to 1, so that the relative error is what is minimised.
+            self._moment[i] = self.forgetting * self._moment[i] + scaled
+        self._unfitted += 1
+
+    def _fitted(self) -> Sequence[float]:
+        """The coefficients, refitted if enough has been seen since: projected coordinate descent from where they are.
+
+        The prior enters as a ridge in each coefficient's own unit, so that what has not been exercised (decode on
+        a prefill worker) stays at its prior instead of drifting.
+        """
+        early = self.num_steps <= self.num_warmup + 2 * NUM_FEATURES
+        if self._unfitted == 0 or (self._unfitted < _REFIT_EVERY and not early):
+            return self._coefficients
+        self._unfitted = 0
+        c = self._coefficients
+        for _ in range(_SWEEPS):
+            for i, prior in enumerate(self.prior.coefficients):
+                ridge = self.prior.strength / max(prior, 1e-12) ** 2 * 1e-2
+                others = sum(self._gram[i][j] * c[j] for j in range(NUM_FEATURES) if j != i)
+                step = (self._moment[i] - others + ridge * prior) / (self._gram[i][i] + ridge)
+                c[i] = max(step, 0.0)
+        return c
+
+
+@dataclass(slots=True)
+class LinkModel:
+    """Of one (producer, consumer) pair: measured rate and what is in flight.
+
+    A fetch that overlaps the prefill lasts as long as the prefill, so its rate is a lower bound of the link's: the
+    estimate follows faster fetches quickly and slower ones slowly.
+    """
+
+    bytes_per_ms: float = 500_000.0  # 500 MB/s until measured
+    overhead_ms: float = 1.0  # opening a fetch and joining
+    in_flight_bytes: int = 0
+    num_measured: int = 0
+
+    def transfer_ms(self, num_bytes: int) -> float:
+        """Time until that many bytes are there, behind those in flight."""
+        return (
+            self.overhead_ms + (self.in_flight_bytes + max(num_bytes, 0)) / self.bytes_per_ms
+        )
+
+    def backlog_ms(self) -> float:
+        return self.in_flight_bytes / self.bytes_per_ms
+
+    def started(self, num_bytes: int) -> None:
+        self.in_flight_bytes += num_bytes
+
+    def ended(self, num_bytes: int) -> None:
+        self.in_flight_bytes = max(0, self.in_flight_bytes - num_bytes)
+
+    def observe(self, num_bytes: int, duration_ms: float) -> None:
+        """Learn from a finished fetch. Too small ones say more of latency than of rate and are ignored."""
+        if num_bytes < 64 * 1024 or not (math.isfinite(duration_ms) and duration_ms > 0):
+            return
+        rate = num_bytes / duration_ms
+        gain = 1.0 if self.num_measured == 0 else 0.5 if rate > self.bytes_per_ms else 0.1
+        self.bytes_per_ms += gain * (rate - self.bytes_per_ms)
+        self.num_measured += 1
