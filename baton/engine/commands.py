@@ -9,6 +9,9 @@ A *leg* is one request on this worker. Life of a leg, by the command that opens 
 
 Commands are applied only between steps. `in_flight` on Abort and Release says that a transfer
 thread may still read or write the leg's blocks: they go to quarantine and come back with Quiesced.
+When the engine itself fails a leg whose block ids it has told (LegAdmitted of an AddPrefill,
+KVReserved), it cannot know of readers and writers: those blocks go to quarantine too, and the
+worker answers every LegFailed with Quiesced. A command for a leg that is gone is ignored.
 """
 
 from dataclasses import dataclass
@@ -84,7 +87,8 @@ class Retain:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """Undo Retain while another reader attaches."""
+    """Undo Retain while another reader attaches. Answered by LegPinned (the reader may start), or
+    by LeaseEvicted if the blocks were taken before."""
 
     leg: LegId
 

@@ -49,7 +49,8 @@ class LegRefused:
 
 @dataclass(frozen=True, slots=True)
 class LegFailed:
-    """The leg is over; everything it held is free (or in quarantine)."""
+    """The leg is over. Blocks that a transfer may be touching (an admitted AddPrefill, a reserved
+    AddDecode) are in quarantine until Quiesced; everything else it held is free."""
 
     leg: LegId
     cause: Cause
@@ -69,6 +70,14 @@ class LegPreempted:
 
 
 @dataclass(frozen=True, slots=True)
+class LegPinned:
+    """Answers Pin: the leg's blocks are held again. Always one per Pin of a leg that was not
+    evicted."""
+
+    leg: LegId
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseEvicted:
     """A retained leg's blocks were taken."""
 
@@ -83,6 +92,7 @@ LegEvent = (
     | LegFailed
     | LegTokens
     | LegPreempted
+    | LegPinned
     | LeaseEvicted
 )
 
