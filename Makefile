@@ -1,0 +1,51 @@
+# make serve   a local fleet with the bundled model (ARGS="…" is passed on to `baton serve`)
+# make test    the test suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: serve test test-slow test-compose install dev lint protos clean
+
+serve: install
+	@exec $(BIN)/baton serve $(ARGS)
+
+test: dev
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: dev
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-compose: dev
+	$(BIN)/python -m pytest -m compose $(ARGS)
+
+install: $(VENV)/.installed
+dev: $(VENV)/.installed-dev
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -e '.[dev,ucx]'
+	@touch $@
+
+# The folders are mapped into one package at install time, so imports and types are checked on an
+# installed copy.
+lint: dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	rm -rf build
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation --target build/copy .
+	cd build/copy && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml
+	cd build/copy && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p baton
+
+protos: dev
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto \
+	  --grpc_python_out=proto proto/baton/v1/*.proto
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

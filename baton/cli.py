@@ -1,0 +1,202 @@
+"""The `baton` command. Every option is a field of `baton.config`; this module only spells them for
+a shell.
+"""
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, get_args, get_origin
+
+import rich_click as click
+from pydantic import BaseModel
+
+import baton
+from baton.config import (
+    Config,
+    ConfigError,
+    GatewayConfig,
+    LogSettings,
+    ServeConfig,
+    Setting,
+    WorkerConfig,
+    describe,
+    load_config,
+    settings_of,
+)
+from baton.errors import BatonError
+from baton.telemetry import setup_logging
+
+log = logging.getLogger(__name__)
+
+_HIDDEN = {"failpoint", "test_hooks"}
+
+
+def _type_name(setting: Setting) -> str:
+    annotation = setting.info.annotation
+    kinds = [a for a in get_args(annotation) if a is not type(None)] or [annotation]
+    if get_origin(annotation) is tuple:
+        return "LIST"
+    return {int: "INT", float: "FLOAT", str: "TEXT"}.get(kinds[0], "VALUE")
+
+
+def _choices(setting: Setting) -> tuple[str, ...]:
+    values = get_args(setting.info.annotation)
+    return values if values and all(isinstance(value, str) for value in values) else ()
+
+
+def _option(setting: Setting) -> Callable[[Any], Any]:
+    """A click option that reports only what was given: defaults and the environment are
+    load_config's.
+    """
+    info = setting.info
+    flag = "--" + setting.name.replace("_", "-")
+    default = "" if info.default in (None, ()) else f" [default: {_shown_default(info.default)}]"
+    text = f"{info.description}{default} [env: {setting.env}]"
+    names = [f"{flag}/--no-{flag[2:]}"] if info.annotation is bool else [flag]
+    kwargs: dict[str, Any] = {"help": text, "default": None, "hidden": setting.name in _HIDDEN}
+    choices = _choices(setting)
+    if info.annotation is not bool:
+        kwargs["type"] = click.Choice(choices) if choices else str
+        kwargs["metavar"] = None if choices else _type_name(setting)
+    return click.option(*names, setting.name, **kwargs)
+
+
+def _shown_default(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _configured(
+    config: type[Config], process: str
+) -> Callable[[Callable[[Config], int]], click.Command]:
+    """Make a command that takes every setting of `config`, resolves and prints them, then runs."""
+
+    def decorate(run: Callable[[Config], int]) -> click.Command:
+        def callback(config_file: str | None, **given: Any) -> None:
+            model = given.pop("model_argument", None)
+            flags = {name: value for name, value in given.items() if value is not None}
+            if model is not None:
+                flags["model"] = model
+            try:
+                resolved = load_config(config, flags, os.environ, config_file)
+            except ConfigError as error:
+                raise click.UsageError(str(error)) from None
+            _start(resolved, process)
+            sys.exit(_run(run, resolved))
+
+        command: Any = callback
+        for setting in reversed(list(settings_of(config))):
+            command = _option(setting)(command)
+        command = click.option(
+            "--config", "config_file", metavar="FILE", help="YAML with the same settings."
+        )(command)
+        if config is ServeConfig:
+            command = click.argument("model_argument", metavar="[MODEL]", required=False)(command)
+        command.__doc__ = run.__doc__
+        return click.command(run.__name__.replace("_", "-"), help=run.__doc__)(command)
+
+    return decorate
+
+
+def _start(config: BaseModel, process: str) -> None:
+    assert isinstance(config, LogSettings)
+    name = getattr(config, "worker_id", None) if process.endswith("worker") else None
+    setup_logging(config, name or process)
+    log.info("baton %s %s\n%s", baton.__version__, process, describe(config))
+
+
+def _run(run: Callable[[Config], int], config: Config) -> int:
+    try:
+        return run(config)
+    except BatonError as error:
+        log.error("%s", error.message)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+@_configured(ServeConfig, "serve")
+def serve(config: ServeConfig) -> int:
+    """Serve MODEL (or the bundled demo) with a local fleet: gateway, workers, private Redis."""
+    from baton.fleet import serve as run_fleet
+
+    return asyncio.run(run_fleet(config))
+
+
+@_configured(GatewayConfig, "gateway")
+def gateway(config: GatewayConfig) -> int:
+    """The HTTP gateway alone."""
+    from baton.gateway.server import run
+
+    return run(config)
+
+
+@_configured(WorkerConfig, "prefill-worker")
+def prefill_worker(config: WorkerConfig) -> int:
+    """A prefill worker alone."""
+    from baton.prefill_worker import run
+
+    return run(config)
+
+
+@_configured(WorkerConfig, "decode-worker")
+def decode_worker(config: WorkerConfig) -> int:
+    """A decode worker alone."""
+    from baton.decode_worker import run
+
+    return run(config)
+
+
+@click.command()
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The gateway.")
+@click.option("--model", default=None, help="Model name; the first one served if absent.")
+@click.option("--system", default=None, help="System message.")
+@click.option("--max-tokens", default=512, show_default=True, help="Longest answer.")
+@click.option("--temperature", default=None, type=float, help="The model's default if absent.")
+@click.option("--api-key", default=None, envvar="BATON_API_KEY", show_envvar=True, help="API key.")
+def chat(url: str, **options: Any) -> None:
+    """Talk to a running fleet in the terminal."""
+    from baton.chat import run_chat
+
+    sys.exit(run_chat(url, **options))
+
+
+click.rich_click.COMMAND_GROUPS = {
+    "baton": [
+        {"name": "Serve", "commands": ["serve"]},
+        {"name": "One process", "commands": ["gateway", "prefill-worker", "decode-worker"]},
+        {"name": "Use", "commands": ["chat"]},
+    ]
+}
+
+
+def _option_groups(config: type[Any]) -> list[Any]:
+    groups: dict[str, list[str]] = {}
+    for setting in settings_of(config):
+        if setting.name not in _HIDDEN:
+            flag = "--" + setting.name.replace("_", "-")
+            groups.setdefault(setting.group, []).append(flag)
+    return [{"name": name, "options": flags} for name, flags in groups.items()]
+
+
+for _name, _config in (
+    ("serve", ServeConfig),
+    ("gateway", GatewayConfig),
+    ("prefill-worker", WorkerConfig),
+    ("decode-worker", WorkerConfig),
+):
+    click.rich_click.OPTION_GROUPS[f"baton {_name}"] = _option_groups(_config)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(baton.__version__, prog_name="baton")
+def main() -> None:
+    """LLM serving with prefill and decode separated."""
+
+
+for _command in (serve, gateway, prefill_worker, decode_worker, chat):
+    main.add_command(_command)
+
+if __name__ == "__main__":
+    main(prog_name="baton")

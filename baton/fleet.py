@@ -1,0 +1,192 @@
+"""`baton serve`: a whole fleet on this host, under one supervisor.
+
+Order of start: Redis, workers and gateway side by side. Order of stop: gateway (it drains its
+streams while the workers still serve them), workers, Redis.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from baton.config import ServeConfig, to_env
+from baton.redis_server import redis_command, redis_url
+from baton.supervisor import ChildSpec, Supervisor
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.25
+GRACE_S = 5.0
+# An idle OpenMP thread must sleep, not spin: an idle fleet costs next to nothing.
+_PASSIVE_WAIT = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
+
+
+class Fleet:
+    """Builds the children's command lines and environments from one ServeConfig."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.config = config
+        self.supervisor = Supervisor()
+        self.directory = Path(tempfile.mkdtemp(prefix="baton-"))
+        self.port = config.port or _free_port(config.host)
+        self.redis_url = config.redis_url or redis_url(self.directory)
+        self.worker_names = [
+            *(f"prefill-{i}" for i in range(config.prefill_workers)),
+            *(f"decode-{i}" for i in range(config.decode_workers)),
+        ]
+
+    @property
+    def base_url(self) -> str:
+        host = "127.0.0.1" if self.config.host == "0.0.0.0" else self.config.host
+        return f"http://{host}:{self.port}"
+
+    def start(self) -> None:
+        if self.config.redis_url is None:
+            command = redis_command(self.directory)
+            self.supervisor.start(ChildSpec("redis", command, dict(os.environ), GRACE_S))
+        for name in self.worker_names:
+            self.supervisor.start(self._worker(name))
+        self.supervisor.start(self._gateway())
+
+    def _worker(self, name: str) -> ChildSpec:
+        threads = self.config.threads or max(1, _num_cores() // max(1, len(self.worker_names)))
+        env = self._env() | _PASSIVE_WAIT
+        env |= {"BATON_WORKER_ID": name, "BATON_THREADS": str(threads)}
+        env |= {"OMP_NUM_THREADS": str(threads)}
+        command = f"{name.rsplit('-', 1)[0]}-worker"
+        return self._spec(name, command, env, self.config.worker_drain_timeout_s)
+
+    def _gateway(self) -> ChildSpec:
+        env = self._env() | {"BATON_PORT": str(self.port)}
+        return self._spec("gateway", "gateway", env, self.config.drain_timeout_s)
+
+    @staticmethod
+    def _spec(name: str, command: str, env: dict[str, str], drain_s: float) -> ChildSpec:
+        return ChildSpec(name, [sys.executable, "-m", "baton.cli", command], env, drain_s + GRACE_S)
+
+    def _env(self) -> dict[str, str]:
+        env = {k: v for k, v in os.environ.items() if not k.startswith("BATON_")}
+        own = {
+            name: value
+            for name, value in to_env(self.config).items()
+            if name not in ("BATON_PREFILL_WORKERS", "BATON_DECODE_WORKERS")
+        }
+        return env | own | {"BATON_REDIS_URL": self.redis_url, "PYTHONSAFEPATH": "1"}
+
+    async def stop(self) -> None:
+        for names in (("gateway",), tuple(self.worker_names), ("redis",)):
+            present = [name for name in names if name in self.supervisor.children]
+            if present:
+                await self.supervisor.stop(*present)
+
+    def clean(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def get(self, path: str) -> Any | None:
+        """JSON from the gateway; None while it does not answer 200."""
+        request = urllib.request.Request(self.base_url + path)
+        if self.config.api_key:
+            key = self.config.api_key[0].get_secret_value()
+            request.add_header("Authorization", f"Bearer {key}")
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return json.loads(answer.read() or b"null") or {}
+        except (urllib.error.URLError, OSError, ValueError):
+            return None
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+async def serve(config: ServeConfig) -> int:
+    """Run the fleet until a signal; returns the exit status. A second signal kills at once."""
+    if config.prefill_workers + config.decode_workers == 0:
+        log.error("--prefill-workers and --decode-workers are both 0: nothing to serve with")
+        return 2
+    fleet = Fleet(config)
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stopping.is_set():
+            fleet.supervisor.kill_all()
+        else:
+            log.info("draining; press Ctrl-C again to stop at once")
+            stopping.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        fleet.start()
+        announced = asyncio.create_task(_announce(fleet))
+        await stopping.wait()
+        announced.cancel()
+        await fleet.stop()
+    finally:
+        fleet.supervisor.kill_all()
+        fleet.clean()
+    return 0
+
+
+async def _announce(fleet: Fleet) -> None:
+    """Once a route is proven: one table and a command to paste."""
+    while await asyncio.to_thread(fleet.get, "/health") is None:
+        await asyncio.sleep(POLL_S)  # noqa: ASYNC110 - another process gets ready, not a task
+    cluster = await asyncio.to_thread(fleet.get, "/v1/cluster")
+    models = await asyncio.to_thread(fleet.get, "/v1/models")
+    print(render_table(fleet, cluster or {}), flush=True)
+    print(render_curl(fleet, models or {}), flush=True)
+
+
+def render_table(fleet: Fleet, cluster: dict[str, Any]) -> str:
+    """role, pid, address, transport in use, KV blocks, device; a row per process."""
+    transports: dict[str, str] = {}
+    for link in cluster.get("links", []):
+        transports[link["source"]] = transports[link["target"]] = link["transport"]
+    rows = [("ROLE", "PID", "ADDRESS", "TRANSPORT", "KV BLOCKS", "DEVICE")]
+    gateway = fleet.supervisor.children["gateway"]
+    rows.append(("gateway", str(gateway.pid), fleet.base_url, "-", "-", "-"))
+    for worker in cluster.get("workers", []):
+        rows.append(
+            (
+                worker["role"],
+                str(worker["pid"]),
+                worker["address"],
+                transports.get(worker["worker_id"], "-"),
+                str(worker["kv_blocks"]["total"]),
+                worker["device"],
+            )
+        )
+    if "redis" in fleet.supervisor.children:
+        redis = fleet.supervisor.children["redis"]
+        rows.append(("redis", str(redis.pid), fleet.redis_url, "-", "-", "-"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    return "\n" + "\n".join(line.rstrip() for line in lines)
+
+
+def render_curl(fleet: Fleet, models: dict[str, Any]) -> str:
+    data = models.get("data") or [{"id": "default"}]
+    body = {"model": data[0]["id"], "prompt": "def ", "max_tokens": 64, "temperature": 0}
+    body |= {"stream": True}
+    auth = " -H 'Authorization: Bearer '$BATON_API_KEY" if fleet.config.api_key else ""
+    return (
+        f"\nReady. Try:\n\n  curl -N {fleet.base_url}/v1/completions{auth}"
+        f" -H 'Content-Type: application/json' \\\n    -d '{json.dumps(body)}'\n"
+    )
