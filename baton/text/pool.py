@@ -1,0 +1,62 @@
+"""Tokenization off the event loop."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from baton.errors import BatonError, Cause
+from baton.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+class TokenizerPool:
+    """Runs a tokenizer in its own threads, so that a long prompt never delays a token stream.
+
+    Bounded: at most `max_pending` calls wait or run; more are refused at once.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, num_threads: int = 2, max_pending: int = 1024
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
+        self._room = threading.BoundedSemaphore(max_pending)
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """`Tokenizer.encode`.
+
+        Raises:
+            BatonError: OVERLOADED, too many calls are pending.
+        """
+        return await self._run(
+            lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        )
+
+    async def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """`Tokenizer.encode_chat`.
+
+        Raises:
+            InvalidRequest: param "messages".
+            BatonError: OVERLOADED.
+        """
+        return await self._run(lambda: self.tokenizer.encode_chat(messages, **options))
+
+    async def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """`Tokenizer.render_chat`; raises as `encode_chat`."""
+        return await self._run(lambda: self.tokenizer.render_chat(messages, **options))
+
+    def close(self) -> None:
+        """Drops what waits; returns when what runs is done."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    async def _run(self, call: Callable[[], T]) -> T:
+        if not self._room.acquire(blocking=False):
+            raise BatonError(Cause.OVERLOADED, "too many prompts are waiting to be tokenized")
+        future = self._executor.submit(call)
+        # Counted until the thread is done with it, not until the caller stops waiting: a client
+        # that goes away does not free the thread.
+        future.add_done_callback(lambda _: self._room.release())
+        return await asyncio.wrap_future(future)
