@@ -7,6 +7,7 @@ Hugging Face templates are written against: block trimming, `raise_exception`, `
 
 import datetime
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -115,30 +116,32 @@ class ChatTemplate:
                 "continue_final_message",
             )
         chat = normalize_messages(messages)
-        if continue_final_message:
-            chat[-1]["content"] = chat[-1].get("content", "") + _CUT
-        context = {k: v for k, v in (variables or {}).items() if k not in _RESERVED}
+        variables = variables or {}
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
-        try:
-            prompt = self._templates[name].render(
-                **{**self._special_tokens, **context},
-                messages=chat,
-                tools=list(tools) if tools else None,
-                documents=(variables or {}).get("documents"),
-                add_generation_prompt=add_generation_prompt,
+        context = {
+            **self._special_tokens,
+            **{k: v for k, v in variables.items() if k not in _RESERVED},
+            "tools": list(tools) if tools else None,
+            "documents": variables.get("documents"),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        prompt = self._run(name, chat, context)
+        if not continue_final_message:
+            return prompt
+        chat[-1]["content"] += _CUT
+        head, found, _ = self._run(name, chat, context).rpartition(_CUT)
+        if not found:
+            raise InvalidRequest(
+                "the chat template drops the last message, so it cannot be continued", "messages"
             )
+        # Where the template trims, the marker has kept a space that the closed form lacks.
+        return os.path.commonprefix([head, prompt])
+
+    def _run(self, name: str, chat: list[dict[str, Any]], context: dict[str, Any]) -> str:
+        try:
+            return self._templates[name].render(**context, messages=chat)
         except Exception as error:  # a template is a program; what it trips over is in the messages
             raise InvalidRequest(f"the chat template refused: {error}", "messages") from error
-        return _cut(prompt) if continue_final_message else prompt
-
-
-def _cut(prompt: str) -> str:
-    head, found, _ = prompt.rpartition(_CUT)
-    if not found:
-        raise InvalidRequest(
-            "the chat template drops the last message, so it cannot be continued", "messages"
-        )
-    return head
 
 
 def normalize_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:

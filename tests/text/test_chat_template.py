@@ -108,6 +108,8 @@ def test_continue_final_message(tokenizer: Tokenizer) -> None:
     options: dict[str, Any] = {"add_generation_prompt": False, "continue_final_message": True}
     prompt = tokenizer.render_chat(messages, **options)
     assert prompt == "<|user|>hi<|end|><|assistant|>The answer is "
+    trimming = template("{{ bos }}{% for m in messages %}[{{ m.content | trim }}]{% endfor %}")
+    assert trimming.render(messages, **options) == "[hi][The answer is"
     with pytest.raises(InvalidRequest, match="exclude"):
         tokenizer.render_chat(messages, continue_final_message=True)
     with pytest.raises(InvalidRequest, match="drops the last message"):
