@@ -7,7 +7,6 @@ Hugging Face templates are written against: block trimming, `raise_exception`, `
 
 import datetime
 import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -135,7 +134,7 @@ class ChatTemplate:
                 "the chat template drops the last message, so it cannot be continued", "messages"
             )
         # Where the template trims, the marker has kept a space that the closed form lacks.
-        return os.path.commonprefix([head, prompt])
+        return head if prompt.startswith(head) else head.rstrip()
 
     def _run(self, name: str, chat: list[dict[str, Any]], context: dict[str, Any]) -> str:
         try:
