@@ -1,20 +1,19 @@
-"""May KV made by one worker be decoded by another? Asked by the router before it pairs them and by both ends of a
-fetch, so that all three agree."""
+"""May KV made by one worker be decoded by another? Asked by the router before it pairs them and by
+both ends of a fetch, so that all three agree."""
 
 from baton.errors import Cause
 from baton.types import KVLayout, WorkerInfo
 
 
 def layout_conflict(source: KVLayout, target: KVLayout) -> str | None:
-    """What forbids converting `source` into `target`, or None. block_size and tp_size may differ."""
+    """What forbids converting `source` into `target`, or None. Block and TP sizes may differ."""
     if len(source.groups) != len(target.groups):
         return f"{len(source.groups)} KV groups against {len(target.groups)}"
-    for index, (mine, theirs) in enumerate(zip(source.groups, target.groups, strict=True)):
+    for index, (ours, theirs) in enumerate(zip(source.groups, target.groups, strict=True)):
         for name in ("kind", "num_layers", "num_kv_heads", "head_dim", "dtype", "window"):
-            if getattr(mine, name) != getattr(theirs, name):
-                return (
-                    f"KV group {index}: {name} {getattr(mine, name)} against {getattr(theirs, name)}"
-                )
+            a, b = getattr(ours, name), getattr(theirs, name)
+            if a != b:
+                return f"KV group {index}: {name} {a} against {b}"
     return None
 
 

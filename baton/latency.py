@@ -2,12 +2,13 @@
 
 A step of a worker is a sum of parts, each proportional to one thing that it did:
 
-    step_ms = c0 + c1·prefill_tokens + c2·prefill_tokens·(cached + prefill_tokens / 2) + c3·decodes + c4·context_tokens
+    step_ms = c0 + c1·prefill_tokens + c2·prefill_tokens·(cached + prefill_tokens / 2)
+              + c3·decodes + c4·context_tokens
 
-(linear layers, attention of the prompt, per-sequence work, reading the KV cache). The coefficients are the
-non-negative least-squares fit of the *relative* error over an exponentially forgotten past, pulled towards a prior
-while there is little evidence. Steps far off the prediction weigh less (Huber), and the first few, which pay for
-warm-up, not at all.
+(linear layers, attention of the prompt, per-sequence work, reading the KV cache). The coefficients
+are the non-negative least-squares fit of the *relative* error over an exponentially forgotten past,
+pulled towards a prior while there is little evidence. Steps far off the prediction weigh less
+(Huber), and the first few, which pay for warm-up, not at all.
 """
 
 import math
@@ -24,7 +25,8 @@ _SWEEPS = 30  # coordinate descent over five coefficients
 
 @dataclass(frozen=True, slots=True)
 class LatencyPrior:
-    """What to believe of a worker that has not been seen at work, in ms per unit (see the module's formula)."""
+    """What to believe of a worker that has not been seen at work, in ms per unit (see the module's
+    formula)."""
 
     coefficients: tuple[float, ...] = (2.0, 0.05, 1e-6, 0.2, 2e-4)
     strength: float = 0.05  # weight against one observation
@@ -37,7 +39,8 @@ def _features(prefill: float, cached: float, decodes: float, context: float) -> 
 
 @dataclass(slots=True)
 class LatencyModel:
-    """Of one worker. Fed with StepTiming, asked for predictions; all in ms, finite and never negative."""
+    """Of one worker. Fed with StepTiming, asked for predictions; all in ms, finite and never
+    negative."""
 
     prior: LatencyPrior = LatencyPrior()
     forgetting: float = 0.98  # weight of the past after one more step
@@ -77,7 +80,7 @@ class LatencyModel:
         self._accumulate([x / timing.duration_ms for x in row], weight)
 
     def step_ms(self, timing: StepTiming) -> float:
-        """Predicted duration of a step that does what `timing` says (its own duration is ignored)."""
+        """Predicted duration of a step that does what `timing` says; its own is ignored."""
         return self._predict(
             timing.num_prefill_tokens,
             timing.num_cached_tokens,
@@ -86,15 +89,22 @@ class LatencyModel:
         )
 
     def prefill_ms(self, num_uncached_tokens: int, num_cached_tokens: int = 0) -> float:
-        """Time to prefill that many tokens after a cached prefix, chunk by chunk, alone on the worker."""
+        """Time to prefill that many tokens after a cached prefix, chunk by chunk, alone on the
+        worker."""
         if num_uncached_tokens <= 0:
             return 0.0
-        chunks = math.ceil(num_uncached_tokens / (self._chunk_tokens or self.prior.chunk_tokens))
+        chunks = math.ceil(num_uncached_tokens / self.chunk_tokens)
         whole = self._predict(num_uncached_tokens, num_cached_tokens, 0, 0)
         return whole + (chunks - 1) * self._fitted()[0]
 
+    @property
+    def chunk_tokens(self) -> int:
+        """The most prefill tokens seen in one step."""
+        return self._chunk_tokens or self.prior.chunk_tokens
+
     def decode_step_ms(self, batch: int, context_tokens: int) -> float:
-        """Time of one step that decodes `batch` sequences with `context_tokens` tokens of context in all."""
+        """Time of one step that decodes `batch` sequences with `context_tokens` tokens of context
+        in all."""
         return self._predict(0, 0, max(batch, 0), max(context_tokens, 0)) if batch > 0 else 0.0
 
     def _predict(self, prefill: float, cached: float, decodes: float, context: float) -> float:
@@ -115,10 +125,11 @@ class LatencyModel:
         self._unfitted += 1
 
     def _fitted(self) -> Sequence[float]:
-        """The coefficients, refitted if enough has been seen since: projected coordinate descent from where they are.
+        """The coefficients, refitted if enough has been seen since: projected coordinate descent
+        from where they are.
 
-        The prior enters as a ridge in each coefficient's own unit, so that what has not been exercised (decode on
-        a prefill worker) stays at its prior instead of drifting.
+        The prior enters as a ridge in each coefficient's own unit, so that what has not been
+        exercised (decode on a prefill worker) stays at its prior instead of drifting.
         """
         early = self.num_steps <= self.num_warmup + 2 * NUM_FEATURES
         if self._unfitted == 0 or (self._unfitted < _REFIT_EVERY and not early):
@@ -138,8 +149,8 @@ class LatencyModel:
 class LinkModel:
     """Of one (producer, consumer) pair: measured rate and what is in flight.
 
-    A fetch that overlaps the prefill lasts as long as the prefill, so its rate is a lower bound of the link's: the
-    estimate follows faster fetches quickly and slower ones slowly.
+    A fetch that overlaps the prefill lasts as long as the prefill, so its rate is a lower bound of
+    the link's: the estimate follows faster fetches quickly and slower ones slowly.
     """
 
     bytes_per_ms: float = 500_000.0  # 500 MB/s until measured
@@ -149,9 +160,7 @@ class LinkModel:
 
     def transfer_ms(self, num_bytes: int) -> float:
         """Time until that many bytes are there, behind those in flight."""
-        return (
-            self.overhead_ms + (self.in_flight_bytes + max(num_bytes, 0)) / self.bytes_per_ms
-        )
+        return self.overhead_ms + (self.in_flight_bytes + max(num_bytes, 0)) / self.bytes_per_ms
 
     def backlog_ms(self) -> float:
         return self.in_flight_bytes / self.bytes_per_ms
@@ -163,7 +172,8 @@ class LinkModel:
         self.in_flight_bytes = max(0, self.in_flight_bytes - num_bytes)
 
     def observe(self, num_bytes: int, duration_ms: float) -> None:
-        """Learn from a finished fetch. Too small ones say more of latency than of rate and are ignored."""
+        """Learn from a finished fetch. Too small ones say more of latency than of rate and are
+        ignored."""
         if num_bytes < 64 * 1024 or not (math.isfinite(duration_ms) and duration_ms > 0):
             return
         rate = num_bytes / duration_ms

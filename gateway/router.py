@@ -1,0 +1,305 @@
+"""Where a request goes: pure functions over the fleet as the gateway sees it now.
+
+Everything is compared in predicted milliseconds (ARCHITECTURE §6). Remote: queue of P + prefill of
+what P has not cached + transfer of what D has not cached. Local: queue of D + prefill there. Prefix
+locality enters through the cached tokens and so competes with queues; it never filters. The part of
+a transfer that fits into one TPOT of the objective is free when remote and local are compared,
+because the client cannot see it.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from baton.compat import pair_conflict
+from baton.errors import Cause
+from baton.gateway.backend import WorkerState
+from baton.gateway.workers import Fleet, Worker, num_blocks
+
+_MAX_LINE = (
+    2  # local requests that wait at a worker; more wait at the gateway, earliest deadline first
+)
+_MIN_EVIDENCE = 3  # prefill steps before a worker's own model is believed over its peers'
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    slo_tpot_ms: float = 200.0
+    # A local prefill must be faster by this much: it takes decode time from others, and predictions
+    # err.
+    local_margin: float = 0.25
+    local_margin_ms: float = 5.0
+    decode_horizon_tokens: int = 64  # decode steps weighed against a transfer
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a request needs from here on."""
+
+    prompt_len: int
+    num_choices: int = 1  # still open
+    num_output_tokens: int = 0  # committed, of the longest choice; recomputed where it resumes
+    max_new_tokens: int = 16  # of the longest choice
+    hits: Mapping[str, int] = field(default_factory=dict)  # worker → tokens of its cached prefix
+    fingerprint: bytes | None = None  # None = nothing of it was computed yet: any model version
+    avoid: frozenset[str] = frozenset()  # refused or failed it a moment ago
+
+    @property
+    def context_len(self) -> int:
+        return self.prompt_len + self.num_output_tokens
+
+    def cached_on(self, worker: Worker) -> int:
+        """Prompt tokens it need not compute: whole blocks, and never the last token."""
+        block_size = worker.info.layout.block_size
+        hit = min(self.hits.get(worker.worker_id, 0), self.prompt_len - 1)
+        return max(hit, 0) // block_size * block_size
+
+    def blocks_on(self, worker: Worker) -> int:
+        """Blocks to start decoding there: the context and one growth block per choice."""
+        block_size = worker.info.layout.block_size
+        prompt = num_blocks(self.prompt_len, block_size)
+        per_choice = num_blocks(self.context_len, block_size) - prompt + 1
+        return prompt + self.num_choices * per_choice
+
+
+@dataclass(frozen=True, slots=True)
+class RouteDecision:
+    """Where to prefill. `decode_worker` is a forecast (D is bound late) or, for a local route, the
+    worker itself."""
+
+    remote: bool
+    worker_id: str
+    decode_worker_id: str
+    num_cached_tokens: int
+    predicted_ttft_ms: float
+    predicted_ms: float  # as compared: with the transfer's visible part
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeDecision:
+    worker_id: str
+    num_cached_tokens: int
+    num_bytes: int  # to transfer
+    predicted_step_ms: float
+    lead_ms: float  # bind when the prefill is predicted to end within this
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """NO_ROOM: later, perhaps. NO_WORKER: nobody is up. NEVER_FITS: nobody ever could."""
+
+    cause: Cause
+    message: str
+
+
+_FULL = Refusal(Cause.NO_ROOM, "every worker is full")
+
+
+def plan(need: Need, fleet: Fleet, config: RouterConfig) -> RouteDecision | Refusal:
+    """The route with the least predicted time."""
+    usable = list(_usable(need, fleet))
+    if not usable:
+        return _refusal(need, fleet)
+    able = [worker for worker in usable if worker.worker_id not in need.avoid]
+    consumers = [worker for worker in usable if worker.role.can_decode]
+    if not consumers:
+        # Nobody decodes: prefill workers do, rather than refuse.
+        alone = [_local(need, worker, fleet, "no decode worker") for worker in able]
+        return min(alone, key=_order, default=_FULL)
+    producers = [worker for worker in able if worker.role.can_prefill]
+    pairs = _pairs(need, producers, consumers, fleet)
+    remote = min(pairs, key=_order, default=None)
+    # Without a remote route a short line at a full worker is better than waiting here.
+    here = [w for w in able if w.role.can_decode and (has_room(need, w) or _short_line(w))]
+    if remote is None:
+        alone = [_local(need, worker, fleet, "no prefill worker") for worker in here]
+        return min(alone, key=_order, default=_FULL)
+    better = [
+        decision
+        for worker in here
+        for decision in (_local(need, worker, fleet, "predicted faster"),)
+        if _worth_it(decision, worker, remote, need, fleet, config)
+    ]
+    return min([*better, remote], key=_order)
+
+
+def pick_decode(
+    need: Need, source: Worker, fleet: Fleet, config: RouterConfig
+) -> DecodeDecision | Refusal:
+    """The decode worker for KV that `source` holds: must have room; least predicted time of the
+    next steps plus the transfer, then most free blocks."""
+    able = [
+        worker
+        for worker in _usable(need, fleet)
+        if worker.role.can_decode and pair_conflict(source.info, worker.info) is None
+    ]
+    if not able:
+        return Refusal(Cause.NO_WORKER, "no decode worker is up")
+    roomy = [w for w in able if w.worker_id not in need.avoid and has_room(need, w)]
+    if not roomy:
+        return Refusal(Cause.NO_ROOM, "no decode worker has room")
+    scored = [(_decode_ms(need, source, w, fleet, config), -w.free_blocks, w) for w in roomy]
+    _, _, chosen = min(scored, key=lambda entry: (entry[0], entry[1], entry[2].worker_id))
+    num_bytes = transfer_bytes(need, source, chosen)
+    link = fleet.link(source.worker_id, chosen.worker_id).model
+    step_ms = _step_with(need, chosen)
+    transfer_ms = 0.0 if source is chosen else link.transfer_ms(num_bytes)
+    return DecodeDecision(
+        chosen.worker_id,
+        need.cached_on(chosen),
+        num_bytes,
+        step_ms,
+        lead_ms=max(transfer_ms, link.backlog_ms() + 2 * step_ms),
+    )
+
+
+def local_ms(need: Need, worker: Worker, fleet: Fleet, num_cached_tokens: int) -> float:
+    """Predicted time until `worker` has computed the prompt itself, from `num_cached_tokens` on."""
+    return _queue_ms(worker, fleet) + _prefill_ms(
+        worker, fleet, need.context_len - num_cached_tokens, num_cached_tokens
+    )
+
+
+def has_room(need: Need, worker: Worker) -> bool:
+    needed = need.blocks_on(worker) - need.cached_on(worker) // worker.info.layout.block_size
+    fits = worker.num_sequences + need.num_choices <= worker.info.max_num_seqs
+    # A worker that has nothing to do never refuses for its number of sequences.
+    return worker.free_blocks >= needed and (fits or worker.num_sequences == 0)
+
+
+def transfer_bytes(need: Need, source: Worker, target: Worker) -> int:
+    if source.worker_id == target.worker_id:
+        return 0
+    return (need.prompt_len - need.cached_on(target)) * source.info.layout.token_bytes
+
+
+def _usable(need: Need, fleet: Fleet) -> Iterator[Worker]:
+    """Up, of the right model version, and large enough."""
+    for worker in fleet:
+        if (
+            worker.accepts
+            and need.fingerprint in {None, worker.info.fingerprint}
+            and need.blocks_on(worker) <= worker.info.num_blocks
+            and need.context_len < worker.info.max_model_len
+        ):
+            yield worker
+
+
+def _short_line(worker: Worker) -> bool:
+    return worker.snapshot.num_waiting + len(worker.pending_tokens) < _MAX_LINE
+
+
+def _refusal(need: Need, fleet: Fleet) -> Refusal:
+    up = [worker for worker in fleet if worker.state is WorkerState.UP]
+    accepting = [w for w in up if w.accepts and need.fingerprint in {None, w.info.fingerprint}]
+    if accepting:
+        return Refusal(Cause.NEVER_FITS, "the request needs more KV blocks than any worker has")
+    if up:
+        return Refusal(Cause.DRAINING, "every worker is draining or serves another model version")
+    return Refusal(Cause.NO_WORKER, "no worker is up")
+
+
+def _order(decision: RouteDecision) -> tuple[float, bool, str, str]:
+    return (
+        decision.predicted_ms,
+        decision.remote,  # a tie goes to the route without a transfer
+        decision.worker_id,
+        decision.decode_worker_id,
+    )
+
+
+def _pairs(
+    need: Need, producers: list[Worker], consumers: list[Worker], fleet: Fleet
+) -> Iterator[RouteDecision]:
+    for source in producers:
+        cached = need.cached_on(source)
+        ttft = _queue_ms(source, fleet)
+        ttft += _prefill_ms(source, fleet, need.prompt_len - cached, cached)
+        for target in consumers:
+            if target is source or pair_conflict(source.info, target.info) is not None:
+                continue
+            link = fleet.link(source.worker_id, target.worker_id).model
+            transfer = link.transfer_ms(transfer_bytes(need, source, target))
+            yield RouteDecision(
+                remote=True,
+                worker_id=source.worker_id,
+                decode_worker_id=target.worker_id,
+                num_cached_tokens=cached,
+                predicted_ttft_ms=ttft,
+                predicted_ms=ttft + transfer,
+                reason="least predicted time",
+            )
+
+
+def _local(need: Need, worker: Worker, fleet: Fleet, reason: str) -> RouteDecision:
+    cached = need.cached_on(worker)
+    ttft = local_ms(need, worker, fleet, cached)
+    return RouteDecision(
+        remote=False,
+        worker_id=worker.worker_id,
+        decode_worker_id=worker.worker_id,
+        num_cached_tokens=cached,
+        predicted_ttft_ms=ttft,
+        predicted_ms=ttft,
+        reason=reason,
+    )
+
+
+def _worth_it(
+    local: RouteDecision,
+    worker: Worker,
+    remote: RouteDecision,
+    need: Need,
+    fleet: Fleet,
+    config: RouterConfig,
+) -> bool:
+    """A local prefill that fits now, is faster as the client sees it, and keeps the running
+    sequences' TPOT."""
+    if not has_room(need, worker):
+        return False
+    if worker.role.can_prefill:
+        return local.predicted_ms <= remote.predicted_ms
+    visible = max(remote.predicted_ttft_ms, remote.predicted_ms - config.slo_tpot_ms)
+    if local.predicted_ms * (1 + config.local_margin) + config.local_margin_ms >= visible:
+        return False
+    snapshot = worker.snapshot
+    chunk = min(need.context_len - local.num_cached_tokens, worker.latency.chunk_tokens)
+    step = worker.latency.decode_step_ms(snapshot.num_running, snapshot.context_tokens)
+    step += _prefill_ms(worker, fleet, chunk, need.context_len - chunk)
+    return snapshot.num_running == 0 or step <= config.slo_tpot_ms
+
+
+def _decode_ms(
+    need: Need, source: Worker, worker: Worker, fleet: Fleet, config: RouterConfig
+) -> float:
+    link = fleet.link(source.worker_id, worker.worker_id).model
+    num_steps = min(need.max_new_tokens, config.decode_horizon_tokens)
+    num_bytes = transfer_bytes(need, source, worker)
+    transfer = link.transfer_ms(num_bytes) if source.worker_id != worker.worker_id else 0.0
+    return _step_with(need, worker) * num_steps + transfer
+
+
+def _step_with(need: Need, worker: Worker) -> float:
+    """A decode step there with this request on board."""
+    context = worker.snapshot.context_tokens + need.num_choices * need.context_len
+    return worker.latency.decode_step_ms(worker.num_sequences + need.num_choices, context)
+
+
+def _queue_ms(worker: Worker, fleet: Fleet) -> float:
+    return _prefill_ms(worker, fleet, worker.queued_tokens, 0)
+
+
+def _prefill_ms(worker: Worker, fleet: Fleet, num_uncached: int, num_cached: int) -> float:
+    """By the worker's own model, or, while it has prefilled too little, the slowest of its peers'.
+
+    Otherwise a decode worker that never prefilled would look as fast as the prior.
+    """
+    if worker.latency.num_prefill_steps >= _MIN_EVIDENCE:
+        return worker.latency.prefill_ms(num_uncached, num_cached)
+    known = [
+        peer.latency.prefill_ms(num_uncached, num_cached)
+        for peer in fleet
+        if peer.info.fingerprint == worker.info.fingerprint
+        and peer.latency.num_prefill_steps >= _MIN_EVIDENCE
+    ]
+    return max(known, default=worker.latency.prefill_ms(num_uncached, num_cached))

@@ -1,0 +1,229 @@
+"""What the gateway knows of each worker: registration, last snapshot, learned latency, and what it
+has sent but not yet seen accounted for. The fleet is the router's input and nothing else writes to
+it than the session's messages."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from baton.gateway.backend import ClusterView, LinkView, WorkerState, WorkerView
+from baton.latency import LatencyModel, LinkModel
+from baton.messages import (
+    Bind,
+    ComputeLocally,
+    GatewayMessage,
+    Imported,
+    KvFailed,
+    LegMessage,
+    StepBatch,
+    Submit,
+)
+from baton.types import LegId, Role, TransferStats, WorkerInfo, WorkerSnapshot
+
+STUCK_MS = 10_000.0  # a step older than this and than five predictions is a stuck loop
+
+
+def num_blocks(num_tokens: int, block_size: int) -> int:
+    return -(-num_tokens // block_size)
+
+
+@dataclass(slots=True)
+class Worker:
+    """One worker, as of its last message. Owned by the fleet; the router only reads."""
+
+    info: WorkerInfo
+    snapshot: WorkerSnapshot
+    state: WorkerState = WorkerState.UP
+    latency: LatencyModel = field(default_factory=LatencyModel)
+    pending_tokens: dict[LegId, int] = field(default_factory=dict)  # submitted, not yet answered
+    pending_blocks: dict[LegId, int] = field(default_factory=dict)  # bound, not yet answered
+
+    @property
+    def worker_id(self) -> str:
+        return self.info.worker_id
+
+    @property
+    def role(self) -> Role:
+        return self.snapshot.role
+
+    @property
+    def accepts(self) -> bool:
+        """May get new legs."""
+        return self.state is WorkerState.UP and not self.snapshot.draining
+
+    @property
+    def free_blocks(self) -> int:
+        """Free ones that no Bind in flight is about to take."""
+        return self.snapshot.free_blocks - sum(self.pending_blocks.values())
+
+    @property
+    def num_sequences(self) -> int:
+        snapshot = self.snapshot
+        return snapshot.num_running + snapshot.num_waiting_for_kv + len(self.pending_blocks)
+
+    @property
+    def queued_tokens(self) -> int:
+        return self.snapshot.queued_prefill_tokens + sum(self.pending_tokens.values())
+
+    def is_stuck(self) -> bool:
+        """Heartbeats come, steps do not (liveness is not progress)."""
+        snapshot = self.snapshot
+        predicted = self.latency.decode_step_ms(snapshot.num_running, snapshot.context_tokens)
+        predicted += self.latency.prefill_ms(min(snapshot.queued_prefill_tokens, 4096))
+        return snapshot.step_age_ms > max(STUCK_MS, 5 * predicted)
+
+    def view(self) -> WorkerView:
+        state = WorkerState.DRAINING if self.snapshot.draining and self.accepts else self.state
+        return WorkerView(
+            worker_id=self.worker_id,
+            role=self.role,
+            state=state,
+            model=self.info.model,
+            pid=self.info.pid,
+            address=self.info.address,
+            host_id=self.info.host_id,
+            device=self.info.device,
+            block_size=self.info.layout.block_size,
+            snapshot=self.snapshot,
+        )
+
+
+@dataclass(slots=True)
+class Link:
+    """From one producer to one consumer."""
+
+    source: str
+    target: str
+    model: LinkModel = field(default_factory=LinkModel)
+    transport: str = ""
+    num_transfers: int = 0
+    num_bytes: int = 0
+    num_failures: int = 0
+
+    def view(self) -> LinkView:
+        return LinkView(
+            self.source,
+            self.target,
+            self.transport,
+            self.num_transfers,
+            self.num_bytes,
+            self.model.bytes_per_ms * 1e3,
+            self.num_failures,
+        )
+
+
+class Fleet:
+    """Every worker with a session, and the links between them."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, Worker] = {}
+        self._links: dict[tuple[str, str], Link] = {}
+        # Transfers under way: leg on D → (link, bytes that the link was told to expect).
+        self._transfers: dict[LegId, tuple[Link, int]] = {}
+
+    def __iter__(self) -> Iterator[Worker]:
+        """In the order of their ids, so that ties are broken the same way everywhere."""
+        return iter(sorted(self._workers.values(), key=lambda worker: worker.worker_id))
+
+    def get(self, worker_id: str) -> Worker | None:
+        return self._workers.get(worker_id)
+
+    def link(self, source: str, target: str) -> Link:
+        return self._links.setdefault((source, target), Link(source, target))
+
+    def joined(self, info: WorkerInfo) -> Worker:
+        """A session said Hello. What was learned of the same incarnation is kept."""
+        known = self._workers.get(info.worker_id)
+        snapshot = WorkerSnapshot(
+            role=info.role, free_blocks=info.num_blocks, total_blocks=info.num_blocks
+        )
+        worker = Worker(info, snapshot)
+        if known is not None and known.info.incarnation == info.incarnation:
+            worker.latency = known.latency
+        self._workers[info.worker_id] = worker
+        return worker
+
+    def lost(self, worker_id: str) -> None:
+        """Its session is gone. It stays listed, so that people see it, until `forget`."""
+        worker = self._workers.get(worker_id)
+        if worker is None:
+            return
+        worker.state = WorkerState.LOST
+        worker.pending_tokens.clear()
+        worker.pending_blocks.clear()
+        for leg, (link, num_bytes) in list(self._transfers.items()):
+            if worker_id == link.target:
+                link.model.ended(num_bytes)
+                del self._transfers[leg]
+
+    def forget(self, worker_id: str) -> None:
+        worker = self._workers.get(worker_id)
+        if worker is not None and worker.state is WorkerState.LOST:
+            del self._workers[worker_id]
+            for key in [key for key in self._links if worker_id in key]:
+                del self._links[key]
+
+    def sent(self, worker_id: str, message: GatewayMessage) -> None:
+        """Count what the next snapshot cannot show yet."""
+        worker = self._workers.get(worker_id)
+        if worker is None:
+            return
+        match message:
+            case Submit(leg, request) | ComputeLocally(leg, request):
+                worker.pending_tokens[leg] = len(request.prompt_token_ids)
+            case Bind(leg, request):
+                tokens = len(request.prompt_token_ids)
+                blocks = num_blocks(tokens, worker.info.layout.block_size)
+                worker.pending_blocks[leg] = blocks + request.sampling.n
+            case _:
+                pass
+
+    def transfer_started(self, leg: LegId, source: str, target: str, num_bytes: int) -> None:
+        self.transfer_ended(leg, None)
+        link = self.link(source, target)
+        link.model.started(num_bytes)
+        self._transfers[leg] = (link, num_bytes)
+
+    def transfer_ended(self, leg: LegId, stats: TransferStats | None, failed: bool = False) -> None:
+        """Take a transfer off its link's queue and learn from it."""
+        link, num_bytes = self._transfers.pop(leg, (None, 0))
+        if link is None:
+            return
+        link.model.ended(num_bytes)
+        link.num_failures += failed
+        if stats is not None:
+            link.model.observe(stats.num_bytes, stats.duration_ms)
+            link.transport = stats.transport
+            link.num_transfers += 1
+            link.num_bytes += stats.num_bytes
+
+    def received(self, worker_id: str, batch: StepBatch) -> None:
+        """Apply a batch's snapshot and timing, and stop counting what it answers."""
+        worker = self._workers.get(worker_id)
+        if worker is None:
+            return
+        worker.snapshot = batch.snapshot
+        if batch.timing is not None:
+            worker.latency.observe(batch.timing)
+        if worker.state in {WorkerState.UP, WorkerState.STUCK}:
+            worker.state = WorkerState.STUCK if worker.is_stuck() else WorkerState.UP
+        for message in batch.messages:
+            self._answered(worker, message)
+
+    def _answered(self, worker: Worker, message: LegMessage) -> None:
+        leg = message.leg
+        worker.pending_tokens.pop(leg, None)
+        worker.pending_blocks.pop(leg, None)
+        match message:
+            case Imported(_, stats):
+                self.transfer_ended(leg, stats)
+            case KvFailed():
+                self.transfer_ended(leg, None, failed=True)
+            case _:
+                pass
+
+    def view(self) -> ClusterView:
+        links = sorted(self._links.items())
+        return ClusterView(
+            tuple(worker.view() for worker in self),
+            tuple(link.view() for _, link in links if link.num_transfers or link.num_failures),
+        )
