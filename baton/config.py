@@ -245,7 +245,8 @@ def load_config(
     origin: dict[str, str] = {}
     sources = (
         (config_file or "", _read_yaml(config_file)),
-        ("the environment", {n: env[s.env] for n, s in known.items() if s.env in env}),
+        # An empty variable counts as unset: compose files pass ${NAME:-} through.
+        ("the environment", {n: env[s.env] for n, s in known.items() if env.get(s.env)}),
         ("the command line", dict(flags)),
     )
     for source, values in sources:

@@ -1,0 +1,226 @@
+import asyncio
+import dataclasses
+import json
+import secrets
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton.errors import BatonError, Cause
+from baton.gateway.discovery import Discovery
+from baton.locality import (
+    PrefixIndex,
+    Signer,
+    WorkerRegistration,
+    connect,
+    decode_events,
+    decode_registration,
+    encode_events,
+    encode_registration,
+    worker_key,
+)
+from baton.messages import BlocksRemoved, BlocksStored
+from baton.types import BlockHash, KVGroup, KVKind, KVLayout, Role, TransportAddress, WorkerInfo
+
+
+def make_info(worker_id: str = "prefill-0") -> WorkerInfo:
+    return WorkerInfo(
+        worker_id=worker_id,
+        incarnation=secrets.token_bytes(16),
+        role=Role.PREFILL,
+        model="demo",
+        fingerprint=b"f" * 32,
+        layout=KVLayout((KVGroup(KVKind.FULL, 2, 2, 32, "float32"),), 16),
+        address="127.0.0.1:9000",
+        transports=(TransportAddress("grpc", "127.0.0.1:9000"),),
+        host_id="host",
+        pid=1,
+        device="cpu",
+        num_blocks=64,
+        max_model_len=512,
+        max_num_seqs=8,
+        vocab_size=100,
+        eos_token_ids=(0,),
+    )
+
+
+def h(i: int) -> BlockHash:
+    return BlockHash(i.to_bytes(32, "big"))
+
+
+def chain(n: int, start: int = 0) -> tuple[BlockHash, ...]:
+    return tuple(h(i) for i in range(start, start + n))
+
+
+def test_longest_prefix_counts_only_unbroken_chains() -> None:
+    index = PrefixIndex()
+    index.apply("a", BlocksStored(chain(4)))
+    index.apply("b", BlocksStored(chain(2)))
+    index.apply("c", BlocksStored(chain(3, start=1)))  # lacks the first
+    assert index.longest_prefix(chain(5)) == {"a": 64, "b": 32}
+    index.apply("a", BlocksRemoved((h(1),)))
+    assert index.longest_prefix(chain(5)) == {"a": 16, "b": 32}
+    index.drop("b")
+    assert index.longest_prefix(chain(5)) == {"a": 16}
+    index.replace("a", chain(5))
+    assert index.longest_prefix(chain(5)) == {"a": 80}
+    assert index.longest_prefix(()) == {}
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("ab"), st.booleans(), st.lists(st.integers(0, 9), max_size=5)),
+        max_size=30,
+    )
+)
+def test_index_equals_a_naive_model(events: list[tuple[str, bool, list[int]]]) -> None:
+    index = PrefixIndex()
+    held: dict[str, set[int]] = {"a": set(), "b": set()}
+    for worker, stored, numbers in events:
+        hashes = tuple(h(i) for i in numbers)
+        index.apply(worker, BlocksStored(hashes) if stored else BlocksRemoved(hashes))
+        held[worker] = held[worker] | set(numbers) if stored else held[worker] - set(numbers)
+    expected = {}
+    for worker, numbers in held.items():
+        length = next((i for i in range(10) if i not in numbers), 10)
+        if length:
+            expected[worker] = length * 16
+    assert index.longest_prefix(chain(10)) == expected
+
+
+@given(st.lists(st.tuples(st.booleans(), st.lists(st.binary(min_size=32, max_size=32)))))
+def test_events_round_trip(raw: list[tuple[bool, list[bytes]]]) -> None:
+    events = [
+        (BlocksStored if stored else BlocksRemoved)(tuple(map(BlockHash, hashes)))
+        for stored, hashes in raw
+    ]
+    assert decode_events(encode_events(events)) == events
+
+
+@given(st.binary(max_size=200))
+def test_garbage_events_are_refused_or_understood(data: bytes) -> None:
+    try:
+        events = decode_events(data)
+    except ValueError:
+        return
+    assert encode_events(events) == data
+
+
+@pytest.mark.parametrize("attack", ["body", "mac", "other key", "schema", "not json", "no key"])
+def test_a_forged_registration_is_refused(attack: str) -> None:
+    signer, info = Signer(["secret"]), make_info()
+    key = worker_key("c", info.worker_id)
+    entry = json.loads(encode_registration(signer, "c", info))
+    assert decode_registration(signer, key, json.dumps(entry).encode()) == info
+    if attack == "body":
+        entry["info"] = entry["info"].replace("127.0.0.1", "127.6.6.6")
+    elif attack == "mac":
+        entry["mac"] = "0" * 64
+    elif attack == "other key":
+        key = worker_key("c", "prefill-1")
+    elif attack == "schema":
+        entry["schema"] = 99
+    elif attack == "no key":
+        entry = json.loads(encode_registration(Signer([]), "c", info))
+    value = b"\xff{" if attack == "not json" else json.dumps(entry).encode()
+    with pytest.raises(ValueError):  # noqa: PT011 - every refusal is a plain ValueError
+        decode_registration(signer, key, value)
+
+
+def test_two_tokens_are_valid_while_rotating() -> None:
+    info = make_info()
+    value = encode_registration(Signer(["old"]), "c", info).encode()
+    both = Signer(["new", "old"])
+    assert decode_registration(both, worker_key("c", info.worker_id), value) == info
+
+
+class Fleet:
+    """A discovery and the workers' own truth, for tests against a real Redis."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.index = PrefixIndex()
+        self.events: list[tuple[str, str]] = []
+        self.registrations: dict[str, WorkerRegistration] = {}
+        self.tasks: list[asyncio.Task[None]] = []
+        self.num_inventories = 0
+        self.discovery = Discovery(
+            url,
+            "c",
+            ["secret"],
+            self.index,
+            on_join=lambda info: self.events.append(("join", info.worker_id)),
+            on_leave=lambda info: self.events.append(("leave", info.worker_id)),
+            inventory=self.inventory,
+        )
+        self.tasks.append(asyncio.create_task(self.discovery.run()))
+
+    async def inventory(self, info: WorkerInfo) -> tuple[int, list[BlockHash]]:
+        self.num_inventories += 1
+        if info.worker_id not in self.registrations:
+            raise BatonError(Cause.WORKER_LOST, "gone")
+        return self.registrations[info.worker_id].inventory()
+
+    def add(self, info: WorkerInfo) -> WorkerRegistration:
+        registration = WorkerRegistration(connect(self.url), "c", ["secret"], info)
+        self.registrations[info.worker_id] = registration
+        self.tasks.append(asyncio.create_task(registration.run()))
+        return registration
+
+    async def close(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+
+async def test_a_worker_joins_publishes_and_leaves(redis_server, until) -> None:
+    fleet = Fleet(redis_server.url)
+    worker = fleet.add(make_info())
+    await until(lambda: ("join", "prefill-0") in fleet.events)
+    worker.publish(chain(3), ())
+    await until(lambda: fleet.index.longest_prefix(chain(3)) == {"prefill-0": 48})
+    worker.publish((), (h(2),))
+    await until(lambda: fleet.index.longest_prefix(chain(3)) == {"prefill-0": 32})
+    fleet.tasks[-1].cancel()
+    await until(lambda: ("leave", "prefill-0") in fleet.events)
+    assert fleet.index.longest_prefix(chain(3)) == {}
+    await fleet.close()
+
+
+async def test_locality_survives_a_redis_that_comes_back_empty(redis_server, until) -> None:
+    fleet = Fleet(redis_server.url)
+    worker = fleet.add(make_info())
+    worker.publish(chain(2), ())
+    await until(lambda: fleet.index.longest_prefix(chain(4)) == {"prefill-0": 32})
+    redis_server.kill()
+    worker.publish(chain(1, start=2), ())  # lost
+    await until(lambda: not fleet.discovery.reachable)
+    assert "prefill-0" in fleet.discovery.members, "a known worker is kept while Redis is away"
+    redis_server.start()
+    await redis_server.ready()
+    worker.publish(chain(1, start=3), ())
+    await until(lambda: fleet.index.longest_prefix(chain(4)) == {"prefill-0": 64})
+    await fleet.close()
+
+
+async def test_a_new_incarnation_replaces_the_old_one(redis_server, until) -> None:
+    fleet = Fleet(redis_server.url)
+    fleet.add(make_info()).publish(chain(2), ())
+    await until(lambda: fleet.index.longest_prefix(chain(2)) == {"prefill-0": 32})
+    fleet.add(dataclasses.replace(make_info(), pid=2))
+    await until(lambda: fleet.events.count(("join", "prefill-0")) == 2)
+    await until(lambda: fleet.index.longest_prefix(chain(2)) == {})
+    await fleet.close()
+
+
+async def test_a_forged_entry_never_becomes_a_member(redis_server, until) -> None:
+    fleet = Fleet(redis_server.url)
+    client = connect(redis_server.url)
+    forged = encode_registration(Signer(["guess"]), "c", make_info("evil"))
+    await client.set(worker_key("c", "evil"), forged)
+    await client.aclose()
+    fleet.add(make_info())
+    await until(lambda: ("join", "prefill-0") in fleet.events)
+    assert list(fleet.discovery.members) == ["prefill-0"]
+    await fleet.close()
