@@ -4,13 +4,16 @@ import asyncio
 import os
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 from baton.locality import connect
 from baton.redis_server import redis_command, redis_url
+
+
+Until = Callable[..., Awaitable[None]]
 
 
 class RedisServer:
@@ -54,12 +57,12 @@ async def redis_server() -> AsyncIterator[RedisServer]:
 
 
 @pytest.fixture
-def until() -> Iterator[Callable[..., object]]:
+def until() -> Until:
     """`await until(condition)`: wait for a condition that other tasks or processes bring about."""
 
     async def wait(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
         async with asyncio.timeout(timeout_s):
             while not condition():
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.02)  # noqa: ASYNC110 - the condition is another process's
 
-    yield wait
+    return wait

@@ -13,30 +13,22 @@ def _spec(name: str, code: str, stop_s: float = 5.0) -> ChildSpec:
     return ChildSpec(name, [sys.executable, "-c", code], dict(os.environ), stop_s)
 
 
-async def _until(condition: object, timeout_s: float = 20.0) -> None:
-    async def poll() -> None:
-        while not condition():  # type: ignore[operator]
-            await asyncio.sleep(0.02)
-
-    await asyncio.wait_for(poll(), timeout_s)
-
-
-async def test_a_child_that_dies_is_restarted_and_said_so(tmp_path: Path, caplog) -> None:
+async def test_a_child_that_dies_is_restarted_and_said_so(tmp_path: Path, caplog, until) -> None:
     marker = tmp_path / "starts"
     code = f"open({str(marker)!r}, 'a').write('x'); import time; time.sleep(60)"
     supervisor = Supervisor()
     child = supervisor.start(_spec("worker", code))
-    await _until(lambda: marker.exists() and child.pid is not None)
+    await until(lambda: marker.exists() and child.pid is not None)
     first = child.pid
     os.kill(first, signal.SIGKILL)
-    await _until(lambda: child.num_restarts == 1 and child.pid not in (None, first))
+    await until(lambda: child.num_restarts == 1 and child.pid not in (None, first))
     assert "worker killed by SIGKILL; restarting" in caplog.text
     await supervisor.stop()
     assert child.pid is None
     assert not supervisor.children
 
 
-async def test_stop_drains_then_kills(tmp_path: Path) -> None:
+async def test_stop_drains_then_kills(tmp_path: Path, until) -> None:
     drained = tmp_path / "drained"
     polite = (
         "import signal, sys, time\n"
@@ -50,7 +42,7 @@ async def test_stop_drains_then_kills(tmp_path: Path) -> None:
         supervisor.start(_spec("polite", polite)),
         supervisor.start(_spec("stubborn", stubborn, stop_s=0.5)),
     ]
-    await _until(lambda: all(child.pid for child in children))
+    await until(lambda: all(child.pid for child in children))
     await asyncio.sleep(0.5)  # let both install their handlers
     pids = [child.pid for child in children]
     await supervisor.stop()
@@ -58,7 +50,7 @@ async def test_stop_drains_then_kills(tmp_path: Path) -> None:
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
-async def test_children_die_with_the_supervisor(tmp_path: Path) -> None:
+async def test_children_die_with_the_supervisor(tmp_path: Path, until) -> None:
     pid_file = tmp_path / "pid"
     code = (
         "import asyncio, os, sys\n"
@@ -71,8 +63,8 @@ async def test_children_die_with_the_supervisor(tmp_path: Path) -> None:
         "asyncio.run(main())"
     )
     parent = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
-    await _until(lambda: pid_file.exists() and pid_file.read_text())
+    await until(lambda: pid_file.exists() and pid_file.read_text())
     pid = int(pid_file.read_text())
     parent.kill()
     await parent.wait()
-    await _until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
+    await until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
