@@ -1,0 +1,140 @@
+"""What is checked before anything is parsed: one ASGI layer in front of everything.
+
+In this order: size of the headers, framing, key, media type, declared length. Then the body's bytes
+are counted while the application reads them. Every answer carries `X-Request-Id`.
+"""
+
+import hashlib
+import hmac
+import re
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from baton.errors import BatonError, Cause
+from baton.gateway.errors import api_error
+
+# Probes and scrapers have no key; these say nothing about requests.
+OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/metrics", "/docs", "/openapi.json"})
+_UNSAFE_ID_CHARS = re.compile(r"[^A-Za-z0-9._:-]")
+_MAX_ID_CHARS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one HTTP request and its answer."""
+
+    max_body_bytes: int = 16 * 2**20
+    max_header_bytes: int = 64 * 2**10
+    max_headers: int = 100
+    max_json_depth: int = 64
+    body_timeout_s: float = 30.0  # to receive a whole body
+    keep_alive_s: float = 15.0  # silence after which a stream gets a comment; 0 = never
+    slow_client_s: float = 60.0  # how long one write may wait for the client to read
+
+
+class Keys:
+    """The API keys that are valid now; no key configured means that none is asked for."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [self._digest(key.encode()) for key in keys]
+
+    @staticmethod
+    def _digest(key: bytes) -> bytes:
+        return hashlib.sha256(key).digest()
+
+    def accept(self, authorization: str | None) -> bool:
+        """Takes the same time whichever key matches, or none."""
+        if not self._digests:
+            return True
+        scheme, _, key = (authorization or "").partition(" ")
+        # Header values are Latin-1 on the wire; the same bytes are the key's UTF-8.
+        given = self._digest(key.strip().encode("latin-1"))
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
+        return any(matches) and scheme.lower() == "bearer"
+
+
+class Guard:
+    """The ASGI layer. Sets `scope["state"]["request_id"]`, for logs and headers only."""
+
+    def __init__(self, app: ASGIApp, limits: Limits, keys: Sequence[str] = ()) -> None:
+        self._app = app
+        self._limits = limits
+        self._keys = Keys(keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers.get("x-request-id"))
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            self._check(scope, headers)
+        except (BatonError, HTTPException) as error:
+            response = api_error(error, request_id).response()
+            # The body was not read and will not be.
+            response.headers["Connection"] = "close"
+            await response(scope, receive, send_with_id)
+            return
+        await self._app(scope, self._counted(receive), send_with_id)
+
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        limits = self._limits
+        size = sum(len(name) + len(value) for name, value in scope["headers"])
+        if size > limits.max_header_bytes or len(scope["headers"]) > limits.max_headers:
+            raise HTTPException(431, "The headers are too large.")
+        lengths = headers.getlist("content-length")
+        chunked = "transfer-encoding" in headers
+        if len(lengths) > 1 or (lengths and chunked):
+            raise HTTPException(400, "Content-Length and Transfer-Encoding contradict each other.")
+        if scope["path"] not in OPEN_PATHS and not self._keys.accept(headers.get("authorization")):
+            raise BatonError(Cause.UNAUTHENTICATED, "Missing or incorrect API key.")
+        declared = int(lengths[0]) if lengths and lengths[0].isdecimal() else 0
+        if declared > limits.max_body_bytes:
+            raise HTTPException(413, f"The body may have {limits.max_body_bytes} bytes at most.")
+        if declared or chunked:
+            _check_media_type(headers)
+
+    def _counted(self, receive: Receive) -> Receive:
+        left = self._limits.max_body_bytes
+
+        async def counted() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise HTTPException(
+                    413,
+                    f"The body may have {self._limits.max_body_bytes} bytes at most.",
+                    {"Connection": "close"},
+                )
+            return message
+
+        return counted
+
+
+def _check_media_type(headers: Headers) -> None:
+    media_type, *options = headers.get("content-type", "").lower().split(";")
+    charsets = [o.partition("=")[2].strip(' "') for o in options if o.strip()[:8] == "charset="]
+    if media_type.strip() != "application/json" or any(
+        c not in ("utf-8", "utf8") for c in charsets
+    ):
+        raise HTTPException(415, "Content-Type must be application/json, in UTF-8.")
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise HTTPException(415, "Compressed bodies are not accepted.")
+
+
+def _request_id(given: str | None) -> str:
+    """The client's id without anything that could break a log line or a header; else a new one."""
+    return _UNSAFE_ID_CHARS.sub("", given or "")[:_MAX_ID_CHARS] or uuid.uuid4().hex
