@@ -8,10 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from redis.asyncio import Redis
 
-from baton.locality import connect
 from baton.redis_server import redis_command, redis_url
-
 
 Until = Callable[..., Awaitable[None]]
 
@@ -28,7 +27,7 @@ class RedisServer:
         self.process = subprocess.Popen(redis_command(self.directory), env=dict(os.environ))
 
     async def ready(self) -> None:
-        client = connect(self.url)
+        client = Redis.from_url(self.url)
         async with asyncio.timeout(20):
             while True:
                 try:
@@ -63,6 +62,6 @@ def until() -> Until:
     async def wait(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
         async with asyncio.timeout(timeout_s):
             while not condition():
-                await asyncio.sleep(0.02)  # noqa: ASYNC110 - the condition is another process's
+                await asyncio.sleep(0.02)
 
     return wait

@@ -74,7 +74,7 @@ class FleetUnderTest:
 
     def start_worker(self, name: str, **env: str) -> None:
         """`name` is "prefill-0", "decode-1", …; its start decides the role."""
-        self._baton(name, f"{name.split('-')[0]}-worker", {"BATON_WORKER_ID": name, **env})
+        self._baton(name, f"{name.partition('-')[0]}-worker", {"BATON_WORKER_ID": name, **env})
 
     def start(self, *workers: str) -> "FleetUnderTest":
         self.start_redis()
@@ -196,7 +196,7 @@ class FleetUnderTest:
     def complete(
         self, body: dict[str, Any], on_token: Callable[[int], None] | None = None
     ) -> Completion:
-        """Stream /v1/completions to its end. `on_token(count)` runs after each chunk with tokens."""
+        """Stream /v1/completions to its end; `on_token(count)` runs after chunks with tokens."""
         result = Completion()
         body = {"model": self.model_name(), "stream": True, "return_token_ids": True, **body}
         body.setdefault("stream_options", {"include_usage": True})
