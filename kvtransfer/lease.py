@@ -1,0 +1,353 @@
+"""Leases and attachments: who may read a prompt's KV on the worker that computed it, how long.
+
+A pure state machine: methods are events, their results are effects for the worker to carry out in
+order, and time is passed in. The table is drawn in docs/kv-exchange.md.
+
+    lease       PINNED ⇄ RETAINED through PINNING; CLOSING while readers of a dead lease stop
+    attachment  open → (done) → closed; cut = asked to close, still reading until it says so
+
+A lease is opened when the engine has reserved every prompt block and belongs to the gateway: only
+Release, Abort, a lost session, expiry or (while RETAINED) eviction end it, never a reader.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import Enum
+
+from baton.errors import Cause
+from baton.kvtransfer.effects import (
+    AttachGranted,
+    AttachmentReady,
+    AttachmentSampled,
+    AttachRefused,
+    CutAttachment,
+    DropLease,
+    LeaseEffect,
+    LeaseEnded,
+    PinLease,
+    QuiesceLease,
+    RetainLease,
+)
+from baton.types import BlockId, KVTicket, LegId, TokenChunk
+
+MAX_ATTACHMENTS = 8  # of one lease at a time; each costs the producer a sender
+
+
+class LeaseState(Enum):
+    PINNED = "pinned"  # the engine holds the blocks; a reader may start at once
+    RETAINED = "retained"  # was read; the engine may take the blocks
+    PINNING = "pinning"  # a reader waits until the engine has undone Retain
+    CLOSING = "closing"  # over; the blocks are in quarantine until the last reader has stopped
+
+
+@dataclass(slots=True)
+class _Attachment:
+    epoch: int
+    num_sent_tokens: int
+    progress_at_ms: int
+    is_done: bool = False
+    is_cut: bool = False
+
+
+@dataclass(slots=True)
+class _Lease:
+    leg: LegId
+    ticket: KVTicket
+    block_ids: tuple[BlockId, ...]
+    num_ready_tokens: int
+    state: LeaseState = LeaseState.PINNED
+    first_tokens: tuple[TokenChunk, ...] | None = None
+    was_read: bool = False
+    attachments: dict[int, _Attachment] = field(default_factory=dict)  # by epoch
+    pending: dict[int, int] = field(default_factory=dict)  # while PINNING: key → first token wanted
+
+    def open_epochs(self) -> tuple[int, ...]:
+        return tuple(a.epoch for a in self.attachments.values() if not a.is_cut)
+
+    def owes_reader(self, attachment: _Attachment) -> bool:
+        """Is there something that the consumer could take or confirm now?"""
+        if attachment.num_sent_tokens < self.num_ready_tokens:
+            return True
+        return self.first_tokens is not None and not attachment.is_done
+
+
+class LeaseTable:
+    """All leases of one worker. See the module docstring; `docs/kv-exchange.md` has the table."""
+
+    def __init__(self, first_epoch: int, stall_ms: int) -> None:
+        """
+        Args:
+            first_epoch: 64 random bits; epochs count up from there, so that none of this process
+                repeats one of an earlier one.
+            stall_ms: how long a consumer may leave ready data untaken before its attachment is cut.
+        """
+        self._next_epoch = first_epoch % 2**64 or 1
+        self._stall_ms = stall_ms
+        self._leases: dict[LegId, _Lease] = {}
+        self._by_transfer: dict[bytes, _Lease] = {}
+        self._by_epoch: dict[int, _Lease] = {}
+        self._by_key: dict[int, _Lease] = {}
+        self._pinned_blocks: Counter[BlockId] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def __contains__(self, leg: LegId) -> bool:
+        return leg in self._leases
+
+    @property
+    def num_attachments(self) -> int:
+        return len(self._by_epoch)
+
+    @property
+    def num_pinned_blocks(self) -> int:
+        """Distinct blocks that the engine cannot take back, shared ones counted once."""
+        return len(self._pinned_blocks)
+
+    def state(self, leg: LegId) -> LeaseState | None:
+        lease = self._leases.get(leg)
+        return None if lease is None else lease.state
+
+    # ── from the engine ──────────────────────────────────────────────────────────────────────────
+
+    def open(
+        self, leg: LegId, ticket: KVTicket, block_ids: tuple[BlockId, ...], num_ready_tokens: int
+    ) -> None:
+        """Every prompt block is reserved."""
+        assert leg not in self._leases
+        assert ticket.transfer_id not in self._by_transfer
+        lease = _Lease(leg, ticket, block_ids, num_ready_tokens)
+        self._leases[leg] = self._by_transfer[ticket.transfer_id] = lease
+        self._pinned_blocks.update(block_ids)
+
+    def ready(self, leg: LegId, num_ready_tokens: int, now_ms: int) -> list[LeaseEffect]:
+        """The prefill has come so far."""
+        lease = self._leases.get(leg)
+        if lease is None or num_ready_tokens <= lease.num_ready_tokens:
+            return []
+        self._restart_clocks(lease, now_ms)
+        lease.num_ready_tokens = num_ready_tokens
+        epochs = lease.open_epochs()
+        return [AttachmentReady(epochs, num_ready_tokens)] if epochs else []
+
+    def sampled(
+        self, leg: LegId, first_tokens: tuple[TokenChunk, ...], now_ms: int
+    ) -> list[LeaseEffect]:
+        """The prefill is complete."""
+        lease = self._leases.get(leg)
+        if lease is None or lease.first_tokens is not None:
+            return []
+        self._restart_clocks(lease, now_ms)
+        lease.first_tokens = first_tokens
+        epochs = lease.open_epochs()
+        return [AttachmentSampled(epochs, first_tokens)] if epochs else []
+
+    def _restart_clocks(self, lease: _Lease, now_ms: int) -> None:
+        """A consumer that waited for the prefill was not stalling."""
+        for attachment in lease.attachments.values():
+            if not lease.owes_reader(attachment):
+                attachment.progress_at_ms = now_ms
+
+    def pinned(self, leg: LegId, now_ms: int) -> list[LeaseEffect]:
+        """The engine has undone Retain: whoever waited may read."""
+        lease = self._leases.get(leg)
+        if lease is None or lease.state is not LeaseState.PINNING:
+            return []
+        lease.state = LeaseState.PINNED
+        waiting, lease.pending = lease.pending, {}
+        effects: list[LeaseEffect] = []
+        for key, token_start in waiting.items():
+            del self._by_key[key]
+            effects.append(self._grant(lease, key, token_start, now_ms))
+        return effects or self._retain_if_read(lease)
+
+    def evicted(self, leg: LegId) -> list[LeaseEffect]:
+        """The engine took a retained lease's blocks."""
+        lease = self._leases.get(leg)
+        if lease is None or lease.state is LeaseState.CLOSING:
+            return []
+        assert not lease.attachments, "a lease with readers is pinned"
+        effects = self._refuse_pending(lease, "the KV was evicted")
+        self._forget(lease)
+        return [*effects, LeaseEnded(leg, Cause.LEASE_UNKNOWN)]
+
+    def failed(self, leg: LegId) -> list[LeaseEffect]:
+        """The engine failed the leg; its blocks wait in quarantine for QuiesceLease."""
+        lease = self._leases.get(leg)
+        if lease is None:
+            return [QuiesceLease(leg)]
+        if lease.state is LeaseState.CLOSING:
+            return []  # comes when the last reader has stopped
+        effects = self._refuse_pending(lease, "the prefill failed")
+        if lease.attachments:
+            return [*effects, *self._close(lease, "the prefill failed")]
+        return [*effects, *self._end(lease)]
+
+    # ── from the gateway ─────────────────────────────────────────────────────────────────────────
+
+    def release(self, leg: LegId) -> list[LeaseEffect]:
+        """The request is over, or its session is lost. Legal in every state."""
+        lease = self._leases.get(leg)
+        if lease is None or lease.state is LeaseState.CLOSING:
+            return []
+        effects = self._refuse_pending(lease, "the lease was released")
+        if not lease.attachments:
+            self._forget(lease)
+            return [*effects, DropLease(leg, in_flight=False)]
+        effects += self._close(lease, "the lease was released")
+        return [*effects, DropLease(leg, in_flight=True)]
+
+    # ── from consumers ───────────────────────────────────────────────────────────────────────────
+
+    def attach(
+        self, key: int, transfer_id: bytes, token_start: int, now_ms: int
+    ) -> list[LeaseEffect]:
+        """Someone with a verified ticket wants to read tokens [token_start, num_tokens).
+
+        Answered by AttachGranted or AttachRefused with the same `key`, now or after PinLease.
+        """
+        lease = self._by_transfer.get(transfer_id)
+        if lease is None or lease.state is LeaseState.CLOSING:
+            return [AttachRefused(key, Cause.LEASE_UNKNOWN, "no such lease")]
+        if lease.ticket.expires_at_ms <= now_ms:
+            return [AttachRefused(key, Cause.TICKET_EXPIRED, "the ticket has expired")]
+        if len(lease.attachments) + len(lease.pending) >= MAX_ATTACHMENTS:
+            return [AttachRefused(key, Cause.OVERLOADED, "too many readers of one lease")]
+        if lease.state is LeaseState.PINNED:
+            return [self._grant(lease, key, token_start, now_ms)]
+        lease.pending[key] = token_start
+        self._by_key[key] = lease
+        if lease.state is LeaseState.PINNING:
+            return []
+        lease.state = LeaseState.PINNING
+        self._pinned_blocks.update(lease.block_ids)
+        return [PinLease(lease.leg)]
+
+    def cancel_attach(self, key: int) -> None:
+        """Whoever asked is gone before it was answered."""
+        lease = self._by_key.pop(key, None)
+        if lease is not None:
+            del lease.pending[key]
+
+    def progress(self, epoch: int, num_sent_tokens: int, now_ms: int) -> None:
+        """The consumer took a frame."""
+        lease = self._by_epoch.get(epoch)
+        if lease is not None:
+            attachment = lease.attachments[epoch]
+            attachment.num_sent_tokens = max(attachment.num_sent_tokens, num_sent_tokens)
+            attachment.progress_at_ms = now_ms
+
+    def done(self, epoch: int) -> None:
+        """The consumer has verified everything. Of a cut attachment it changes nothing."""
+        lease = self._by_epoch.get(epoch)
+        if lease is not None and not lease.attachments[epoch].is_cut:
+            lease.attachments[epoch].is_done = True
+            lease.was_read = True
+
+    def closed(self, epoch: int) -> list[LeaseEffect]:
+        """Nothing of this attachment reads the blocks any more. Once per epoch."""
+        lease = self._by_epoch.pop(epoch, None)
+        if lease is None:
+            return []
+        del lease.attachments[epoch]
+        if lease.state is LeaseState.CLOSING and not lease.attachments:
+            return self._end(lease)
+        return self._retain_if_read(lease)
+
+    # ── time ─────────────────────────────────────────────────────────────────────────────────────
+
+    def tick(self, now_ms: int) -> list[LeaseEffect]:
+        """Cut stalled readers; end expired leases that nobody reads."""
+        effects: list[LeaseEffect] = []
+        for lease in list(self._leases.values()):
+            if lease.state is LeaseState.CLOSING:
+                continue
+            for attachment in lease.attachments.values():
+                late = now_ms - attachment.progress_at_ms > self._stall_ms
+                if late and not attachment.is_cut and lease.owes_reader(attachment):
+                    effects.append(_cut(attachment, Cause.TRANSFER_STALLED, "no progress"))
+            idle = not lease.attachments and not lease.pending
+            if idle and lease.ticket.expires_at_ms <= now_ms:
+                effects.append(LeaseEnded(lease.leg, Cause.TICKET_EXPIRED))
+                effects += self.release(lease.leg)
+        return effects
+
+    # ── transitions ──────────────────────────────────────────────────────────────────────────────
+
+    def _grant(self, lease: _Lease, key: int, token_start: int, now_ms: int) -> AttachGranted:
+        epoch = self._next_epoch
+        self._next_epoch = (epoch + 1) % 2**64 or 1  # 0 is no epoch
+        lease.attachments[epoch] = _Attachment(epoch, token_start, now_ms)
+        self._by_epoch[epoch] = lease
+        return AttachGranted(
+            key,
+            epoch,
+            lease.leg,
+            lease.block_ids,
+            lease.ticket.num_tokens,
+            lease.num_ready_tokens,
+            lease.first_tokens,
+        )
+
+    def _retain_if_read(self, lease: _Lease) -> list[LeaseEffect]:
+        if lease.state is not LeaseState.PINNED or lease.attachments or not lease.was_read:
+            return []
+        lease.state = LeaseState.RETAINED
+        self._unpin_blocks(lease)
+        return [RetainLease(lease.leg)]
+
+    def _refuse_pending(self, lease: _Lease, detail: str) -> list[LeaseEffect]:
+        waiting, lease.pending = lease.pending, {}
+        for key in waiting:
+            del self._by_key[key]
+        return [AttachRefused(key, Cause.LEASE_UNKNOWN, detail) for key in waiting]
+
+    def _close(self, lease: _Lease, detail: str) -> list[LeaseEffect]:
+        lease.state = LeaseState.CLOSING
+        readers = lease.attachments.values()
+        return [_cut(a, Cause.LEASE_UNKNOWN, detail) for a in readers if not a.is_cut]
+
+    def _end(self, lease: _Lease) -> list[LeaseEffect]:
+        self._forget(lease)
+        return [QuiesceLease(lease.leg)]
+
+    def _forget(self, lease: _Lease) -> None:
+        assert not lease.attachments
+        assert not lease.pending
+        if lease.state is not LeaseState.RETAINED:
+            self._unpin_blocks(lease)
+        del self._leases[lease.leg]
+        del self._by_transfer[lease.ticket.transfer_id]
+
+    def _unpin_blocks(self, lease: _Lease) -> None:
+        for block_id in lease.block_ids:
+            self._pinned_blocks[block_id] -= 1
+            if not self._pinned_blocks[block_id]:
+                del self._pinned_blocks[block_id]
+
+    def check_integrity(self) -> None:
+        """Asserts every invariant; for tests and idle workers."""
+        assert len(self._by_transfer) == len(self._leases)
+        pinned: Counter[BlockId] = Counter()
+        for leg, lease in self._leases.items():
+            assert lease.leg == leg
+            assert self._by_transfer[lease.ticket.transfer_id] is lease
+            assert bool(lease.pending) <= (lease.state is LeaseState.PINNING)
+            assert all(self._by_epoch[epoch] is lease for epoch in lease.attachments)
+            assert all(self._by_key[key] is lease for key in lease.pending)
+            if lease.state in (LeaseState.RETAINED, LeaseState.PINNING):
+                assert not lease.attachments
+                assert lease.was_read
+            if lease.state is LeaseState.CLOSING:
+                assert lease.attachments
+                assert all(a.is_cut for a in lease.attachments.values())
+            if lease.state is not LeaseState.RETAINED:
+                pinned.update(lease.block_ids)
+        assert pinned == self._pinned_blocks
+        assert len(self._by_epoch) == sum(len(x.attachments) for x in self._leases.values())
+        assert len(self._by_key) == sum(len(x.pending) for x in self._leases.values())
+
+
+def _cut(attachment: _Attachment, cause: Cause, detail: str) -> CutAttachment:
+    attachment.is_cut = True
+    return CutAttachment(attachment.epoch, cause, detail)
