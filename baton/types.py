@@ -307,12 +307,14 @@ class StepTiming:
 
 @dataclass(frozen=True, slots=True)
 class KVRange:
-    """Half-open ranges that a frame, a fetch or a ready mark covers."""
+    """Half-open ranges that a frame, a fetch or a ready mark covers. Heads 0..0 = all KV heads."""
 
     layer_start: int
     layer_stop: int
     token_start: int
     token_stop: int
+    head_start: int = 0
+    head_stop: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from baton.errors import BatonError
 from baton.types import KVLayout, KVRange, KVTicket, TransferStats, TransportAddress
 
 Buffers = Sequence[bytes | bytearray | memoryview]  # one frame, gathered: header, payload parts
@@ -47,8 +48,13 @@ class Attachment(Protocol):
     num_ready_tokens: int
 
     def frames(self) -> AsyncIterator[Buffers]:
-        """Frames as their KV becomes ready, the end frame last. Raises BatonError when the lease is
-        lost."""
+        """Frames as their KV becomes ready, the end frame last. A yielded frame is a copy and stays
+        valid as long as somebody holds it. Raises BatonError when the lease is lost."""
+        ...
+
+    async def failed(self) -> BatonError:
+        """Returns when the lease is lost or the attachment was cut, also while the consumer gives
+        no credit; otherwise never. Cancel it when the fetch is over."""
         ...
 
     def done(self) -> None:
@@ -87,6 +93,11 @@ class FrameSink(Protocol):
             BatonError: FRAME_CORRUPT, FRAME_ORDER, FRAME_TRUNCATED, EPOCH_MISMATCH. The fetch ends
             with it.
         """
+        ...
+
+    def patience_s(self) -> float | None:
+        """How long the next frame may take from now on; None while the sink waits for the producer
+        to compute. Exceeded: TRANSFER_STALLED."""
         ...
 
 

@@ -1,0 +1,229 @@
+"""The producer side of a fetch: turns the KV of a lease into frames as it becomes ready.
+
+    worker (lease table) ── ExportGate.attach ──► ExportFeed ── ready, end, cut ──► attachment
+    attachment ── progress, done, closed ──► ExportGate
+
+The gate decides who may read; the exporter reads. Everything here runs on the worker's event loop
+except packing and checksums, which run on the transfer thread of `KVMemory`.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from baton.errors import BatonError, Cause
+from baton.kvtransfer.base import Buffers, FetchOpen
+from baton.kvtransfer.frames import FrameWriter
+from baton.kvtransfer.memory import KVMemory
+from baton.types import BlockId, KVRange
+
+FRAME_BYTES = 1 << 20
+
+
+class ExportFeed:
+    """What one attachment may read, and how far it is computed. Made by the gate when it grants an
+    attachment, fed by it from then on; event loop only."""
+
+    def __init__(
+        self,
+        epoch: int,
+        block_ids: Sequence[BlockId],
+        num_ready_tokens: int,
+        end_payload: bytes | None = None,
+    ) -> None:
+        """
+        Args:
+            block_ids: cover the lease's tokens from 0 on, in order.
+            num_ready_tokens: the KV of tokens [0, num_ready_tokens) is in the blocks.
+            end_payload: of the end frame; None until the prefill has sampled.
+        """
+        self.epoch = epoch
+        self.block_ids = block_ids
+        self.num_ready_tokens = num_ready_tokens
+        self.end_payload = end_payload
+        self.error: BatonError | None = None
+        self._changed = asyncio.Event()
+
+    def ready(self, num_ready_tokens: int) -> None:
+        """The prefill has come so far; going back is ignored."""
+        self.num_ready_tokens = max(self.num_ready_tokens, num_ready_tokens)
+        self._notify()
+
+    def end(self, payload: bytes) -> None:
+        """The prefill is complete: the payload of the end frame."""
+        self.end_payload = payload
+        self._notify()
+
+    def cut(self, error: BatonError) -> None:
+        """Stop reading and tell the consumer why. The first error stands."""
+        self.error = self.error or error
+        self._notify()
+
+    async def ready_beyond(self, num_tokens: int) -> int:
+        """num_ready_tokens as soon as it exceeds `num_tokens`.
+
+        Raises:
+            BatonError: the feed was cut.
+        """
+        while self.num_ready_tokens <= num_tokens or self.error:
+            self._raise_if_cut()
+            await self._changed.wait()
+        return self.num_ready_tokens
+
+    async def ended(self) -> bytes:
+        """The end payload, as soon as there is one.
+
+        Raises:
+            BatonError: the feed was cut.
+        """
+        while self.end_payload is None or self.error:
+            self._raise_if_cut()
+            await self._changed.wait()
+        return self.end_payload
+
+    async def failed(self) -> BatonError:
+        """The error, once the feed is cut."""
+        while self.error is None:
+            await self._changed.wait()
+        return self.error
+
+    def _raise_if_cut(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+
+class ExportGate(Protocol):
+    """Who may read what; implemented by the worker over its lease table."""
+
+    async def attach(self, fetch: FetchOpen) -> ExportFeed:
+        """Check ticket and claims, count a reader, mint an epoch. If it is cancelled, or raises,
+        nothing is counted.
+
+        Raises:
+            BatonError: TICKET_*, *_MISMATCH, LEASE_UNKNOWN, LAYOUT_INCOMPATIBLE, DRAINING.
+        """
+        ...
+
+    def progress(self, epoch: int, num_sent_tokens: int) -> None:
+        """The consumer took everything up to token `num_sent_tokens`."""
+        ...
+
+    def done(self, epoch: int) -> None:
+        """The consumer has verified everything."""
+        ...
+
+    def closed(self, epoch: int) -> None:
+        """Nothing of this attachment reads the blocks any more. Once per granted epoch."""
+        ...
+
+
+class Exporter:
+    """A `FrameSource` over one worker's KV."""
+
+    def __init__(self, memory: KVMemory, gate: ExportGate, frame_bytes: int = FRAME_BYTES) -> None:
+        self._memory = memory
+        self._gate = gate
+        self._frame_bytes = frame_bytes
+
+    async def attach(self, fetch: FetchOpen) -> "ExportAttachment":
+        feed = await self._gate.attach(fetch)
+        return ExportAttachment(self._memory, self._gate, feed, fetch.range, self._frame_bytes)
+
+
+class ExportAttachment:
+    """One consumer reading one lease; an `Attachment`."""
+
+    def __init__(
+        self,
+        memory: KVMemory,
+        gate: ExportGate,
+        feed: ExportFeed,
+        where: KVRange,
+        frame_bytes: int,
+    ) -> None:
+        self._memory = memory
+        self._gate = gate
+        self._feed = feed
+        self._where = where
+        self._frame_bytes = frame_bytes
+        self._writer = FrameWriter(feed.epoch)
+        self._reading = asyncio.Lock()
+        self._is_closed = False
+        self.epoch = feed.epoch
+        self.num_ready_tokens = feed.num_ready_tokens
+
+    async def frames(self) -> AsyncIterator[Buffers]:
+        where = self._where
+        sent = where.token_start
+        while sent < where.token_stop:
+            ready = min(await self._feed.ready_beyond(sent), where.token_stop)
+            span = replace(where, token_start=sent, token_stop=ready)
+            for part in self._next_parts(span):
+                yield await self._read(part)
+                sent = part.token_stop
+            self._gate.progress(self.epoch, sent)
+        payload = await self._feed.ended()
+        yield self._writer.end(where, payload)
+
+    def _next_parts(self, span: KVRange) -> list[KVRange]:
+        return next_parts(
+            span, self._memory.layout.block_size, self._memory.num_bytes(span), self._frame_bytes
+        )
+
+    async def _read(self, part: KVRange) -> Buffers:
+        """One data frame. Under the lock, so that `close` can wait for it."""
+        async with self._reading:
+            if self._feed.error is not None:
+                raise self._feed.error
+            return await self._memory.run(self._pack, part)
+
+    def _pack(self, part: KVRange) -> Buffers:
+        return self._writer.data(part, self._memory.pack(self._feed.block_ids, part))
+
+    async def failed(self) -> BatonError:
+        return await self._feed.failed()
+
+    def done(self) -> None:
+        self._gate.done(self.epoch)
+
+    async def close(self) -> None:
+        self._feed.cut(BatonError(Cause.CANCELLED, "the reader is gone"))
+        async with self._reading:
+            if not self._is_closed:
+                self._is_closed = True
+                self._gate.closed(self.epoch)
+
+
+def next_parts(span: KVRange, block_size: int, num_bytes: int, frame_bytes: int) -> list[KVRange]:
+    """The next frames' ranges out of `span`, which is ready: one run of tokens, all its layers.
+
+    As many whole blocks as fit in a frame with all layers; if not even one does, one block split by
+    layers; if not even one layer of a block does, fewer tokens. Always at least one token of one
+    layer. The first run may end at a block boundary early, so that all others start at one.
+
+    Args:
+        num_bytes: payload bytes of the whole span.
+    """
+    cell_bytes = num_bytes // (span.num_layers * span.num_tokens)  # one token, one layer
+    fit_tokens = max(1, frame_bytes // (cell_bytes * span.num_layers))
+    if fit_tokens < block_size:
+        fit_tokens = max(1, min(block_size, frame_bytes // cell_bytes))
+    stop = span.token_start + fit_tokens
+    if stop < span.token_stop and stop // block_size > span.token_start // block_size:
+        stop = stop // block_size * block_size
+    stop = min(stop, span.token_stop)
+    num_layers = max(1, frame_bytes // (cell_bytes * (stop - span.token_start)))
+    return [
+        replace(
+            span,
+            layer_start=layer,
+            layer_stop=min(layer + num_layers, span.layer_stop),
+            token_stop=stop,
+        )
+        for layer in range(span.layer_start, span.layer_stop, num_layers)
+    ]

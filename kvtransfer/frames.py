@@ -1,0 +1,192 @@
+"""The frame: the one unit in which KV moves, the same on every transport.
+
+A frame is a 64-byte header followed by its payload. All integers are little-endian.
+
+    offset  size  field
+    0       4     magic: "BKV" and the format version, 1
+    4       1     kind: 1 = data, 2 = end
+    5       1     zero
+    6       2     header_bytes: 64
+    8       4     payload_bytes
+    12      4     seq: 0 for an attachment's first frame, then counting up by one
+    16      8     epoch of the attachment; minted by the producer, never used twice
+    24      4, 4  layer_start, layer_stop
+    32      4, 4  token_start, token_stop
+    40      4, 4  head_start, head_stop (0, 0 = all KV heads)
+    48      8     zero
+    56      8     checksum: XXH3-64 (seed 0) of header bytes 0..56 followed by the payload
+
+A *data* frame carries the KV of its ranges in the order layer → token → (K, V) → head → dim, in the
+layout's dtype, values after RoPE. Ranges are half-open and never empty. Within a layer an
+attachment's frames cover ascending, adjacent token ranges.
+
+The *end* frame is the last one. Its ranges are the whole fetch, which the consumer compares with
+what it received (no tokens at all where the consumer had the whole prefix already); its payload is
+an `EndOfKV` message (first tokens, digest of the prompt ids).
+
+What a consumer does with a frame, in this order; the first failed check ends the fetch:
+
+    shorter than its header, or than header_bytes + payload_bytes          FRAME_TRUNCATED
+    unknown magic, kind or header_bytes; non-zero reserved bytes;
+    longer than announced; larger than the agreed maximum                  FRAME_CORRUPT
+    checksum differs                                                       FRAME_CORRUPT
+    another epoch                                                          EPOCH_MISMATCH
+    seq or ranges are not the next expected ones (gap, repeat, reorder)    FRAME_ORDER
+
+Nothing in a header is trusted before the checksum was verified, except the lengths needed to find
+the payload, and those only after the bounds above.
+"""
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+
+import xxhash
+
+from baton.errors import BatonError, Cause
+from baton.kvtransfer.base import Buffers
+from baton.types import KVRange
+
+HEADER_BYTES = 64
+MAX_FRAME_BYTES = 16 << 20  # header and payload; a peer that announces more is refused
+MAX_SEQ = 2**32 - 1
+
+_MAGIC = b"BKV\x01"
+_FIELDS = struct.Struct("<4sBBHIIQ6IQ")  # everything before the checksum
+_CHECKSUM = struct.Struct("<Q")
+_CHECKSUM_OFFSET = _FIELDS.size
+
+assert _CHECKSUM_OFFSET + _CHECKSUM.size == HEADER_BYTES
+
+
+class FrameKind(IntEnum):
+    DATA = 1
+    END = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A verified frame. `payload` is a view into the received bytes."""
+
+    kind: FrameKind
+    epoch: int
+    seq: int
+    range: KVRange
+    payload: memoryview
+
+
+def encode(kind: FrameKind, epoch: int, seq: int, where: KVRange, payload: memoryview) -> Buffers:
+    """The frame as (header, payload); the payload is not copied.
+
+    Args:
+        payload: contiguous bytes, (C-contiguous, itemsize 1).
+
+    Raises:
+        struct.error: a field does not fit; a caller's bug.
+    """
+    fields = _FIELDS.pack(
+        _MAGIC,
+        kind,
+        0,
+        HEADER_BYTES,
+        len(payload),
+        seq,
+        epoch,
+        where.layer_start,
+        where.layer_stop,
+        where.token_start,
+        where.token_stop,
+        where.head_start,
+        where.head_stop,
+        0,
+    )
+    return (fields + _CHECKSUM.pack(_checksum(fields, payload)), payload)
+
+
+def decode(data: bytes | memoryview, max_frame_bytes: int = MAX_FRAME_BYTES) -> Frame:
+    """Verify one frame's bytes.
+
+    Raises:
+        BatonError: FRAME_TRUNCATED, FRAME_CORRUPT.
+    """
+    view = memoryview(data)
+    if len(view) < HEADER_BYTES:
+        raise BatonError(Cause.FRAME_TRUNCATED, f"{len(view)} bytes are less than a header")
+    fields = view[:_CHECKSUM_OFFSET]
+    magic, kind, zero, header_bytes, payload_bytes, seq, epoch, *ranges, reserved = _FIELDS.unpack(
+        fields
+    )
+    if magic != _MAGIC or header_bytes != HEADER_BYTES or zero or reserved:
+        raise BatonError(Cause.FRAME_CORRUPT, "not a frame of this version")
+    num_bytes = HEADER_BYTES + payload_bytes
+    if num_bytes > max_frame_bytes:
+        raise BatonError(
+            Cause.FRAME_CORRUPT, f"frame of {num_bytes} bytes exceeds {max_frame_bytes}"
+        )
+    if len(view) < num_bytes:
+        raise BatonError(Cause.FRAME_TRUNCATED, f"{len(view)} of {num_bytes} bytes")
+    if len(view) > num_bytes:
+        raise BatonError(Cause.FRAME_CORRUPT, f"{len(view) - num_bytes} bytes too many")
+    payload = view[HEADER_BYTES:]
+    (expected,) = _CHECKSUM.unpack_from(view, _CHECKSUM_OFFSET)
+    if _checksum(fields, payload) != expected:
+        raise BatonError(Cause.FRAME_CORRUPT, "checksum differs")
+    where = KVRange(*ranges)
+    if kind not in (FrameKind.DATA, FrameKind.END) or not _is_sane(where, kind):
+        raise BatonError(Cause.FRAME_CORRUPT, f"kind {kind} with ranges {where}")
+    return Frame(FrameKind(kind), epoch, seq, where, payload)
+
+
+class FrameWriter:
+    """Numbers the frames of one attachment. Its frames must be sent in the order they were made."""
+
+    def __init__(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._seq = 0
+
+    def data(self, where: KVRange, payload: memoryview) -> Buffers:
+        return self._next(FrameKind.DATA, where, payload)
+
+    def end(self, where: KVRange, payload: bytes) -> Buffers:
+        return self._next(FrameKind.END, where, memoryview(payload))
+
+    def _next(self, kind: FrameKind, where: KVRange, payload: memoryview) -> Buffers:
+        frame = encode(kind, self._epoch, self._seq, where, payload)
+        self._seq += 1
+        return frame
+
+
+class FrameReader:
+    """Accepts the frames of one attachment: right epoch, each sequence number once and in order."""
+
+    def __init__(self, epoch: int, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
+        self._epoch = epoch
+        self._max_frame_bytes = max_frame_bytes
+        self._seq = 0
+
+    def accept(self, data: bytes | memoryview) -> Frame:
+        """
+        Raises:
+            BatonError: FRAME_TRUNCATED, FRAME_CORRUPT, EPOCH_MISMATCH, FRAME_ORDER.
+        """
+        frame = decode(data, self._max_frame_bytes)
+        if frame.epoch != self._epoch:
+            raise BatonError(
+                Cause.EPOCH_MISMATCH, f"frame of epoch {frame.epoch}, expected {self._epoch}"
+            )
+        if frame.seq != self._seq:
+            raise BatonError(Cause.FRAME_ORDER, f"frame {frame.seq}, expected {self._seq}")
+        self._seq += 1
+        return frame
+
+
+def _checksum(fields: bytes | memoryview, payload: memoryview) -> int:
+    digest = xxhash.xxh3_64(fields)
+    digest.update(payload)
+    return digest.intdigest()
+
+
+def _is_sane(where: KVRange, kind: int) -> bool:
+    heads_ok = where.head_start < where.head_stop or where.head_start == where.head_stop == 0
+    min_tokens = 1 if kind == FrameKind.DATA else 0
+    return where.num_layers > 0 and where.num_tokens >= min_tokens and heads_ok

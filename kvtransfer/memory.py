@@ -1,0 +1,107 @@
+"""A worker's KV pool as the exchange sees it: byte ranges of sequences, copied on one transfer
+thread."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from baton.kernels import kv_pack
+from baton.types import KVLayout, KVRange
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class KVMemory:
+    """Packs and unpacks ranges of a KV cache. One per worker, shared by exporter and importers.
+
+    `pack` and `unpack` are plain functions; call them (with whatever else belongs to the same
+    frame: checksum, header) through `run`, which keeps them off the event loop and serial.
+    """
+
+    def __init__(self, kv_cache: Tensor, layout: KVLayout) -> None:
+        """
+        Args:
+            kv_cache: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim], contiguous.
+            layout: of `kv_cache`; one group.
+        """
+        (group,) = layout.groups
+        shape = (group.num_layers, 2, kv_cache.shape[2], layout.block_size)
+        if tuple(kv_cache.shape[:4]) != shape or kv_cache.shape[5] != group.head_dim:
+            raise ValueError(f"cache {tuple(kv_cache.shape)} is not of {layout}")
+        self.layout = layout
+        self._kv_cache = kv_cache
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-transfer")
+        is_cuda = kv_cache.device.type == "cuda"
+        self._stream: torch.cuda.Stream | None = None
+        if is_cuda:
+            self._stream = torch.cuda.Stream(kv_cache.device)  # type: ignore[no-untyped-call]
+
+    def num_bytes(self, where: KVRange) -> int:
+        """Payload size of a range."""
+        return kv_pack.payload_bytes(self._kv_cache, where)
+
+    def pack(self, block_ids: Sequence[int], where: KVRange) -> memoryview:
+        """The payload of `where`, in fresh host memory."""
+        num_bytes = self.num_bytes(where)
+        if self._stream is None:
+            payload = np.empty(num_bytes, np.uint8).data
+            kv_pack.pack_kv(self._kv_cache, block_ids, where, payload)
+            return payload
+        with torch.cuda.stream(self._stream):
+            packed = torch.empty(num_bytes, dtype=torch.uint8, device=self._kv_cache.device)
+            kv_pack.pack_kv(self._kv_cache, block_ids, where, packed)
+            host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+            host.copy_(packed, non_blocking=True)
+        self._stream.synchronize()
+        return host.numpy().data
+
+    def unpack(self, block_ids: Sequence[int], where: KVRange, payload: memoryview) -> None:
+        """Write a payload into the slots of `where`; it is all there on return."""
+        if self._stream is None:
+            kv_pack.unpack_kv(self._kv_cache, block_ids, where, payload)
+            return
+        host = torch.empty(len(payload), dtype=torch.uint8, pin_memory=True)
+        host.numpy()[:] = np.frombuffer(payload, dtype=np.uint8)
+        with torch.cuda.stream(self._stream):
+            packed = host.to(self._kv_cache.device, non_blocking=True)
+            kv_pack.unpack_kv(self._kv_cache, block_ids, where, packed)
+        self._stream.synchronize()
+
+    async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call `function` on the transfer thread.
+
+        Returns or raises only when the thread is not in `function` any more, also when cancelled:
+        that is the exchange's quiescence. A call that has not begun when cancelled never begins.
+        """
+        future = self._executor.submit(function, *args, **kwargs)
+        waiting = asyncio.wrap_future(future)
+        try:
+            return await asyncio.shield(waiting)
+        except asyncio.CancelledError:
+            await _settle(future)
+            raise
+
+    def close(self) -> None:
+        """Wait for the thread to finish what was submitted. Idempotent."""
+        self._executor.shutdown(wait=True)
+
+
+async def _settle(future: Future[R]) -> None:
+    """Wait for a call that can no longer be cancelled; further cancellations do not cut it
+    short."""
+    if future.cancel():
+        return
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    future.add_done_callback(lambda _: loop.call_soon_threadsafe(stopped.set))
+    while not stopped.is_set():
+        try:
+            await stopped.wait()
+        except asyncio.CancelledError:  # the caller re-raises
+            continue
