@@ -18,145 +18,95 @@ from baton.config import LogSettings
 _LATENCY_S = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0
 )  # fmt: skip
-_LENGTHS = tuple(float(2**i) for i in range(18))
 
 PHASES = ("tokenize", "queue", "prefill", "first_byte")
 
 
-class GatewayMetrics:
+class _Metrics:
+    """Makes metric objects on one registry, all with Baton's prefix."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"baton_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"baton_{name}", text, labels, registry=self.registry)
+
+    def _seconds(self, name: str, text: str, *labels: str) -> Histogram:
+        return Histogram(
+            f"baton_{name}_seconds", text, labels, registry=self.registry, buckets=_LATENCY_S
+        )
+
+
+class GatewayMetrics(_Metrics):
     """What the gateway sees, which is every request: fleet totals included."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.registry = registry
-        self.requests = Counter(
-            "baton_requests", "Finished requests.", ["endpoint", "outcome"], registry=registry
+        super().__init__(registry)
+        self.requests = self._counter("requests", "Finished requests.", "endpoint", "outcome")
+        self.requests_open = self._gauge("requests_open", "Requests in progress.")
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests.")
+        self.cached_tokens = self._counter("cached_prompt_tokens", "Of these, from a prefix cache.")
+        self.generation_tokens = self._counter(
+            "generation_tokens", "Output tokens sent to clients."
         )
-        self.requests_open = Gauge(
-            "baton_requests_open", "Requests in progress.", registry=registry
+        self._declare_latencies()
+        self._declare_hand_off()
+        self._declare_fleet()
+
+    def _declare_latencies(self) -> None:
+        self.ttft_s = self._seconds("time_to_first_token", "From arrival to the first token.")
+        self.ttft_phase_s = self._seconds("ttft_phase", "Parts of TTFT; they sum to it.", "phase")
+        self.itl_s = self._seconds("inter_token_latency", "Between two chunks of one choice.")
+        self.tpot_s = self._seconds(
+            "time_per_output_token", "(last token - first token) / (output tokens - 1)."
         )
-        self.ttft_s = Histogram(
-            "baton_time_to_first_token_seconds",
-            "From the request's arrival to its first token.",
-            buckets=_LATENCY_S,
-            registry=registry,
+        self.e2e_s = self._seconds("e2e_request_latency", "From arrival to the end of the answer.")
+
+    def _declare_hand_off(self) -> None:
+        self.remote_prefills = self._counter(
+            "remote_prefills", "Requests decoded from KV that another process computed."
         )
-        self.ttft_phase_s = Histogram(
-            "baton_ttft_phase_seconds",
-            "Parts of TTFT; over all phases they sum to it.",
-            ["phase"],
-            buckets=_LATENCY_S,
-            registry=registry,
+        self.local_prefills = self._counter(
+            "local_prefills", "Requests prefilled where they decode."
         )
-        self.itl_s = Histogram(
-            "baton_inter_token_latency_seconds",
-            "Between two consecutive chunks of one choice.",
-            buckets=_LATENCY_S,
-            registry=registry,
+        self.kv_transfer_bytes = self._counter(
+            "kv_transfer_bytes", "KV moved between workers.", "transport"
         )
-        self.tpot_s = Histogram(
-            "baton_time_per_output_token_seconds",
-            "(last token - first token) / (output tokens - 1).",
-            buckets=_LATENCY_S,
-            registry=registry,
+        self.kv_transfer_s = self._seconds("kv_transfer", "Duration of one fetch.", "transport")
+        self.retries = self._counter(
+            "request_retries", "Legs started again after a failure.", "cause"
         )
-        self.e2e_s = Histogram(
-            "baton_e2e_request_latency_seconds",
-            "From arrival to the end of the answer.",
-            buckets=_LATENCY_S,
-            registry=registry,
-        )
-        self.prompt_tokens = Counter(
-            "baton_prompt_tokens", "Prompt tokens of accepted requests.", registry=registry
-        )
-        self.cached_tokens = Counter(
-            "baton_cached_prompt_tokens", "Of these, from a prefix cache.", registry=registry
-        )
-        self.generation_tokens = Counter(
-            "baton_generation_tokens", "Output tokens sent to clients.", registry=registry
-        )
-        self.remote_prefills = Counter(
-            "baton_remote_prefills",
-            "Requests decoded from KV that another process computed.",
-            registry=registry,
-        )
-        self.local_prefills = Counter(
-            "baton_local_prefills", "Requests prefilled where they decode.", registry=registry
-        )
-        self.kv_transfer_bytes = Counter(
-            "baton_kv_transfer_bytes", "KV moved between workers.", ["transport"], registry=registry
-        )
-        self.kv_transfer_s = Histogram(
-            "baton_kv_transfer_seconds",
-            "Duration of one fetch.",
-            ["transport"],
-            buckets=_LATENCY_S,
-            registry=registry,
-        )
-        self.retries = Counter(
-            "baton_request_retries",
-            "Legs started again after a failure.",
-            ["cause"],
-            registry=registry,
-        )
-        self.token_conflicts = Counter(
-            "baton_token_conflicts",
-            "A worker sent another id for a committed index. Always a defect.",
-            registry=registry,
-        )
-        self.workers = Gauge(
-            "baton_workers", "Workers with a live session.", ["role"], registry=registry
-        )
-        self.fleet_blocks = Gauge(
-            "baton_fleet_kv_blocks", "KV blocks of all workers.", ["state"], registry=registry
-        )
-        self.fleet_leases = Gauge(
-            "baton_fleet_open_leases", "Open KV leases of all workers.", registry=registry
-        )
-        self.fleet_sequences = Gauge(
-            "baton_fleet_sequences", "Sequences of all workers.", ["state"], registry=registry
+        self.token_conflicts = self._counter(
+            "token_conflicts", "Another id for a committed index. Always a defect."
         )
 
+    def _declare_fleet(self) -> None:
+        self.workers = self._gauge("workers", "Workers with a live session.", "role")
+        self.fleet_blocks = self._gauge("fleet_kv_blocks", "KV blocks of all workers.", "state")
+        self.fleet_leases = self._gauge("fleet_open_leases", "KV leases of all workers.")
+        self.fleet_sequences = self._gauge("fleet_sequences", "Sequences of all workers.", "state")
 
-class WorkerMetrics:
+
+class WorkerMetrics(_Metrics):
     """What one worker sees."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.registry = registry
-        self.blocks = Gauge("baton_kv_blocks", "KV blocks.", ["state"], registry=registry)
-        self.sequences = Gauge("baton_sequences", "Sequences.", ["state"], registry=registry)
-        self.leases = Gauge("baton_open_leases", "Open KV leases.", registry=registry)
-        self.step_s = Histogram(
-            "baton_step_seconds",
-            "Duration of an engine step.",
-            buckets=_LATENCY_S,
-            registry=registry,
+        super().__init__(registry)
+        self.blocks = self._gauge("kv_blocks", "KV blocks.", "state")
+        self.sequences = self._gauge("sequences", "Sequences.", "state")
+        self.leases = self._gauge("open_leases", "Open KV leases.")
+        self.step_s = self._seconds("step", "Duration of an engine step.")
+        self.prefill_tokens = self._counter("prefill_tokens", "Tokens prefilled.")
+        self.preemptions = self._counter("preemptions", "Preempted legs.")
+        self.prefills = self._counter("prefills", "Legs by where their KV came from.", "kind")
+        self.kv_transfer_bytes = self._counter(
+            "kv_transfer_bytes", "KV moved.", "transport", "direction"
         )
-        self.step_tokens = Histogram(
-            "baton_step_tokens", "Tokens computed in a step.", buckets=_LENGTHS, registry=registry
-        )
-        self.prefill_tokens = Counter(
-            "baton_prefill_tokens", "Tokens prefilled.", registry=registry
-        )
-        self.preemptions = Counter("baton_preemptions", "Preempted legs.", registry=registry)
-        self.prefills = Counter(
-            "baton_prefills", "Legs by where their KV came from.", ["kind"], registry=registry
-        )
-        self.kv_transfer_bytes = Counter(
-            "baton_kv_transfer_bytes",
-            "KV moved.",
-            ["transport", "direction"],
-            registry=registry,
-        )
-        self.kv_transfer_s = Histogram(
-            "baton_kv_transfer_seconds",
-            "Duration of one fetch.",
-            ["transport"],
-            buckets=_LATENCY_S,
-            registry=registry,
-        )
-        self.failures = Counter(
-            "baton_leg_failures", "Legs that failed here.", ["cause"], registry=registry
-        )
+        self.kv_transfer_s = self._seconds("kv_transfer", "Duration of one fetch.", "transport")
+        self.failures = self._counter("leg_failures", "Legs that failed here.", "cause")
 
 
 @dataclass(slots=True)
