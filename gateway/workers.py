@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from baton.gateway.backend import ClusterView, LinkView, WorkerState, WorkerView
 from baton.latency import LatencyModel, LinkModel
 from baton.messages import (
+    Abort,
     Bind,
     ComputeLocally,
+    Failed,
     GatewayMessage,
     Imported,
     KvFailed,
     LegMessage,
+    NoRoom,
     StepBatch,
     Submit,
 )
@@ -170,10 +173,15 @@ class Fleet:
         match message:
             case Submit(leg, request) | ComputeLocally(leg, request):
                 worker.pending_tokens[leg] = len(request.prompt_token_ids)
+                self.transfer_ended(leg, None)
             case Bind(leg, request):
                 tokens = len(request.prompt_token_ids)
                 blocks = num_blocks(tokens, worker.info.layout.block_size)
                 worker.pending_blocks[leg] = blocks + request.sampling.n
+            case Abort(leg, None):
+                worker.pending_tokens.pop(leg, None)
+                worker.pending_blocks.pop(leg, None)
+                self.transfer_ended(leg, None)
             case _:
                 pass
 
@@ -218,6 +226,8 @@ class Fleet:
                 self.transfer_ended(leg, stats)
             case KvFailed():
                 self.transfer_ended(leg, None, failed=True)
+            case NoRoom() | Failed():
+                self.transfer_ended(leg, None)
             case _:
                 pass
 

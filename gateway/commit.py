@@ -1,0 +1,92 @@
+"""The commit rule: which output tokens of a request the gateway has, and what a new chunk adds to
+them."""
+
+from dataclasses import dataclass, field, replace
+
+from baton.types import LegId, TokenChunk
+
+
+@dataclass(slots=True)
+class _Choice:
+    token_ids: list[int] = field(default_factory=list)
+    finished: bool = False
+    finished_by: LegId | None = None  # None: the gateway ended it
+
+
+class OutputLog:
+    """Committed output of every choice, strictly in index order.
+
+    A token is committed when the gateway has it. What comes again is dropped; if it differs, that
+    is counted in `num_defects`, because every leg must produce the same tokens.
+    """
+
+    def __init__(self, num_choices: int) -> None:
+        self._choices = [_Choice() for _ in range(num_choices)]
+        self.num_defects = 0
+
+    def commit(self, chunk: TokenChunk) -> TokenChunk | None:
+        """Append what is new and return it; None when nothing is.
+
+        Raises:
+            ValueError: the chunk leaves a gap, or names a choice that does not exist.
+        """
+        if not 0 <= chunk.choice < len(self._choices):
+            raise ValueError(f"choice {chunk.choice} of {len(self._choices)}")
+        choice = self._choices[chunk.choice]
+        known = len(choice.token_ids)
+        stop = chunk.start + len(chunk.token_ids)
+        if choice.finished:
+            return None  # surplus behind a stop string or an abort
+        if chunk.start > known:
+            raise ValueError(f"index {chunk.start} after {known} committed tokens")
+        again = min(known, stop) - chunk.start
+        if list(chunk.token_ids[:again]) != choice.token_ids[chunk.start : chunk.start + again]:
+            self.num_defects += 1
+        new = chunk.token_ids[again:]
+        choice.token_ids.extend(new)
+        ends = chunk.finish_reason is not None and stop == len(choice.token_ids)
+        if ends:
+            choice.finished, choice.finished_by = True, chunk.leg
+        if not new and not ends:
+            return None
+        return replace(
+            chunk,
+            start=stop - len(new),
+            token_ids=new,
+            logprobs=chunk.logprobs[again:],
+            finish_reason=chunk.finish_reason if ends else None,
+        )
+
+    def finish(self, choice: int) -> bool:
+        """The gateway ends a choice; False when it was over already."""
+        entry = self._choices[choice]
+        fresh = not entry.finished
+        entry.finished = True
+        return fresh
+
+    def ended_by(self, leg: LegId) -> bool:
+        """Every choice is over, and it was this leg that said so."""
+        return all(choice.finished and choice.finished_by == leg for choice in self._choices)
+
+    @property
+    def all_finished(self) -> bool:
+        return all(choice.finished for choice in self._choices)
+
+    @property
+    def any_committed(self) -> bool:
+        return any(choice.token_ids for choice in self._choices)
+
+    @property
+    def token_ids(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(choice.token_ids) for choice in self._choices)
+
+    @property
+    def open_choices(self) -> tuple[int, ...]:
+        return tuple(i for i, choice in enumerate(self._choices) if not choice.finished)
+
+    @property
+    def finished_choices(self) -> frozenset[int]:
+        return frozenset(i for i, choice in enumerate(self._choices) if choice.finished)
+
+    def length(self, choice: int) -> int:
+        return len(self._choices[choice].token_ids)

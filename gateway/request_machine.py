@@ -1,0 +1,442 @@
+"""One request at the gateway: a pure state machine without I/O; every `now_ms` is passed in.
+
+It owns two legs. The *prefill leg* is on P, from Submit until its lease is released. The *decode
+leg* is on D (or on whoever computes locally). Together they make the states of docs/kv-exchange.md;
+WAITING and DONE have neither, or only a lease:
+
+state      legs            entered by                 left by
+─────────  ──────────────  ─────────────────────────  ─────────────────────────────────────────────
+WAITING    none, or lease  no room, no worker         room, a timer → PREFILL, BINDING or LOCAL;
+                                                      limit or deadline → DONE
+PREFILL    P               Submit                     forecast or first token → BINDING;
+                                                      all choices finished → DONE; NoRoom, Failed,
+                                                      P lost → WAITING or another route
+BINDING    P or lease, D   Bind                       Bound → IMPORTING; NoRoom, Failed, D lost →
+                                                      another D, WAITING, or P computes (LOCAL)
+IMPORTING  P or lease, D   Bound, Rebind              Imported, a token → DECODING; KvFailed →
+                                                      Rebind once (transport faults), else LOCAL on
+                                                      D or another P; P lost → LOCAL or another P;
+                                                      D lost → BINDING elsewhere, same ticket
+DECODING   lease, D        Imported                   finished → DONE; D lost, Failed → BINDING with
+                                                      the lease, else PREFILL, committed output
+                                                      included
+LOCAL      D               ComputeLocally             finished → DONE; lost, Failed, NoRoom → any
+                                                      route, committed output included
+DONE       none            finished, failed, cancel   -
+
+A lease is a prefill leg whose first tokens are all here; LeaseLost voids it without touching a
+running decode leg. Cancel (client gone), the deadline and DONE are legal in every state: the decode
+leg is aborted unless it ended by itself, the prefill leg released (or aborted while it computes).
+Nothing ends in silence: in every state but DONE either a leg is at work on a live worker, whose
+session reports or is lost, or a timer runs, or the dispatcher wakes the request when room appears.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from baton.errors import Cause
+from baton.gateway.backend import RequestReport
+from baton.gateway.commit import OutputLog
+from baton.gateway.legs import (
+    TRANSPORT_FAULTS,
+    DecodeLeg,
+    Effect,
+    Emit,
+    Ended,
+    MachineConfig,
+    Phase,
+    Planner,
+    PrefillLeg,
+    Send,
+    TransferStarted,
+)
+from baton.gateway.router import Need, Refusal, RouteDecision
+from baton.gateway.timeline import Timeline
+from baton.messages import (
+    Abort,
+    Admitted,
+    Bind,
+    Bound,
+    ComputeLocally,
+    Failed,
+    GatewayMessage,
+    Imported,
+    KvFailed,
+    LeaseLost,
+    LegMessage,
+    NoRoom,
+    Progress,
+    Rebind,
+    Release,
+    Submit,
+)
+from baton.types import KVTicket, LegId, Request, TokenChunk, WorkerInfo
+
+
+class RequestMachine:
+    """Feed it events, carry out the effects in order. After `Ended` it ignores everything."""
+
+    def __init__(
+        self, request: Request, planner: Planner, config: MachineConfig, now_ms: float
+    ) -> None:
+        self._request = request
+        self._planner = planner
+        self._config = config
+        self._output = OutputLog(request.sampling.n)
+        self._prefill: PrefillLeg | None = None
+        self._decode: DecodeLeg | None = None
+        self._fingerprint: bytes | None = None
+        self._avoid: dict[str, float] = {}  # worker → until when
+        self._deaths: set[bytes] = set()  # incarnations
+        self._num_failures = 0
+        self._waiting_since_ms: float | None = None
+        self._effects: list[Effect] = []
+        self._timeline = Timeline(now_ms)
+        self.deadline_ms = (
+            float("inf") if request.deadline_ms is None else now_ms + request.deadline_ms
+        )
+        self.wake_at_ms = self.deadline_ms
+        self.is_parked = False  # waits for room: wake it when a worker's load changes
+        self.ended: Ended | None = None
+
+    @property
+    def report(self) -> RequestReport:
+        return self._timeline.report
+
+    # ── events ───────────────────────────────────────────────────────────────────────────────────
+
+    def start(self, now_ms: float) -> list[Effect]:
+        return self._settle(now_ms)
+
+    def on_wake(self, now_ms: float) -> list[Effect]:
+        """`wake_at_ms` has come, or (when `is_parked`) a worker's load has changed."""
+        return self._settle(now_ms)
+
+    def on_messages(self, messages: Iterable[LegMessage], now_ms: float) -> list[Effect]:
+        """What one StepBatch says of this request, in order."""
+        for message in messages:
+            if self.ended is not None:
+                break
+            if self._prefill is not None and message.leg == self._prefill.leg:
+                self._on_prefill(self._prefill, message, now_ms)
+            elif self._decode is not None and message.leg == self._decode.leg:
+                self._on_decode(self._decode, message, now_ms)
+            # Anything else is of a superseded leg.
+        return self._settle(now_ms)
+
+    def on_worker_lost(self, worker_id: str, now_ms: float) -> list[Effect]:
+        """Its session is gone, and with it every leg and lease of this gateway there."""
+        if self.ended is not None:
+            return []
+        dead: bytes | None = None
+        if self._prefill is not None and self._prefill.info.worker_id == worker_id:
+            dead = None if self._prefill.is_held else self._prefill.info.incarnation
+            self._prefill = None
+        if self._decode is not None and self._decode.info.worker_id == worker_id:
+            dead = self._decode.info.incarnation
+            self._decode = None
+        if dead is not None:
+            self._deaths.add(dead)
+            if len(self._deaths) >= self._config.max_deaths:
+                self._end(Cause.WORKER_LOST, f"{len(self._deaths)} workers were lost computing it")
+        return self._settle(now_ms)
+
+    def on_worker_back(self, incarnation: bytes) -> None:
+        """The same process answers again: only the connection had been lost."""
+        self._deaths.discard(incarnation)
+
+    def on_choice_finished(self, choice: int, now_ms: float) -> list[Effect]:
+        """A stop string: the choice needs no more tokens."""
+        fresh = self.ended is None and self._output.finish(choice)
+        if fresh and self._decode is not None and not self._output.all_finished:
+            self._send(self._decode.info, Abort(self._decode.leg, choice))
+        return self._settle(now_ms)
+
+    def on_cancel(self, now_ms: float) -> list[Effect]:
+        """The client is gone."""
+        if self.ended is None:
+            self._end(Cause.CANCELLED, "the client is gone")
+        return self._settle(now_ms)
+
+    # ── messages ─────────────────────────────────────────────────────────────────────────────────
+
+    def _on_prefill(self, leg: PrefillLeg, message: LegMessage, now_ms: float) -> None:
+        match message:
+            case Admitted(_, num_cached, ticket):
+                if ticket is None:
+                    self._leg_failed(leg, Cause.PROTOCOL, "admitted without a ticket", now_ms)
+                    return
+                leg.ticket = ticket
+                need = self._need(now_ms)
+                leg.left_ms = self._planner.local_ms(need, leg.info.worker_id, num_cached)
+                leg.as_of_ms = now_ms
+                self._waiting_since_ms = None
+                self._timeline.admitted(num_cached, now_ms)
+            case Progress(_, _, left_ms):
+                leg.left_ms, leg.as_of_ms = left_ms, now_ms
+            case TokenChunk():
+                self._commit(leg, message, now_ms)
+                leg.awaited.discard(message.choice)
+            case NoRoom(_, _, retry_after_ms):
+                self._avoid[leg.info.worker_id] = now_ms + max(retry_after_ms, 1)
+                self._prefill = None
+            case LeaseLost():
+                leg.is_void = True
+            case Failed(_, cause, detail):
+                self._leg_failed(leg, cause, detail, now_ms)
+            case _:
+                pass  # Queued
+
+    def _on_decode(self, leg: DecodeLeg, message: LegMessage, now_ms: float) -> None:
+        match message:
+            case Bound(_, num_cached) if leg.phase is Phase.BINDING:
+                leg.phase = Phase.IMPORTING
+                self._waiting_since_ms = None
+            case Admitted(_, num_cached, _):
+                self._waiting_since_ms = None
+                self._timeline.admitted(num_cached, now_ms)
+            case Imported(_, stats) if leg.phase in {Phase.BINDING, Phase.IMPORTING}:
+                leg.phase = Phase.DECODING
+                self._timeline.imported(stats)
+            case TokenChunk():
+                self._commit(leg, message, now_ms)
+            case NoRoom(_, _, retry_after_ms):
+                self._avoid[leg.info.worker_id] = now_ms + max(retry_after_ms, 1)
+                self._decode = None
+            case KvFailed() if leg.phase in {Phase.BINDING, Phase.IMPORTING}:
+                leg.phase, leg.failed = Phase.IMPORTING, message
+            case Failed(_, cause, detail):
+                self._leg_failed(leg, cause, detail, now_ms)
+            case _:
+                pass  # Queued, Progress, and what crossed a decision of ours
+
+    def _commit(self, leg: PrefillLeg | DecodeLeg, chunk: TokenChunk, now_ms: float) -> None:
+        try:
+            new = self._output.commit(chunk)
+        except ValueError as error:
+            self._leg_failed(leg, Cause.PROTOCOL, str(error), now_ms)
+            return
+        if new is None:
+            return
+        self._timeline.committed(now_ms, computed_here=isinstance(leg, DecodeLeg))
+        self._effects.append(Emit(new))
+
+    def _leg_failed(
+        self, leg: PrefillLeg | DecodeLeg, cause: Cause, detail: str, now_ms: float
+    ) -> None:
+        """The leg is over on its worker, or must be because what it says makes no sense."""
+        if leg is self._prefill:
+            self._prefill = None
+        elif leg is self._decode:
+            self._decode = None
+        if cause is Cause.PROTOCOL:
+            self._send(leg.info, Abort(leg.leg))
+        self._num_failures += 1
+        if not cause.retryable or self._num_failures > self._config.max_failures:
+            self._end(cause, detail or cause.name.lower())
+        self._avoid[leg.info.worker_id] = now_ms + self._config.retry_delay_ms
+
+    # ── decisions ────────────────────────────────────────────────────────────────────────────────
+
+    def _settle(self, now_ms: float) -> list[Effect]:
+        """Level-triggered: whatever happened, do what the state calls for now."""
+        if self.ended is None:
+            self.wake_at_ms = self.deadline_ms
+            self.is_parked = False
+            if self._output.all_finished:
+                self._end(None, "")
+            elif now_ms >= self.deadline_ms:
+                self._end(Cause.DEADLINE_EXCEEDED, "the request's deadline has passed")
+            else:
+                self._decide(now_ms)
+        effects, self._effects = self._effects, []
+        return effects
+
+    def _decide(self, now_ms: float) -> None:
+        decode, prefill = self._decode, self._prefill
+        if decode is not None:
+            # A fetch that lost its producer cannot end well, whether or not D knows it already.
+            if decode.phase is Phase.IMPORTING and (decode.failed or prefill is None):
+                self._repair(decode, now_ms)
+            return
+        if prefill is not None and prefill.is_void:
+            self._drop_prefill()
+        if self._prefill is None:
+            self._route(self._planner.plan(self._need(now_ms)), now_ms)
+        elif self._prefill.ticket is not None:
+            self._bind(self._prefill, self._prefill.ticket, now_ms)
+
+    def _route(self, decision: RouteDecision | Refusal, now_ms: float) -> None:
+        if isinstance(decision, Refusal):
+            self._wait(decision, now_ms)
+            return
+        slo_ms = self._config.slo_ttft_ms
+        if self.report.num_attempts == 0 and decision.predicted_ttft_ms > slo_ms:
+            self._end(Cause.OVERLOADED, "the first token is predicted to miss its objective")
+            return
+        info = self._planner.info(decision.worker_id)
+        leg = self._next_leg(info)
+        request = self._request_now(now_ms)
+        if decision.remote:
+            self._prefill = PrefillLeg(leg, info, set(self._output.open_choices))
+            self._timeline.prefills_on(info.worker_id)
+            self._send(info, Submit(leg, request))
+        else:
+            self._compute(leg, info, request)
+
+    def _compute(self, leg: LegId, info: WorkerInfo, request: Request) -> None:
+        self._decode = DecodeLeg(leg, info, Phase.LOCAL)
+        self._timeline.prefills_on(info.worker_id)
+        self._timeline.decodes_on(info.worker_id)
+        self._send(info, ComputeLocally(leg, request))
+
+    def _bind(self, prefill: PrefillLeg, ticket: KVTicket, now_ms: float) -> None:
+        """Choose D as late as the forecast allows, and at the latest with the first token."""
+        source = prefill.info
+        decision = self._planner.pick_decode(self._need(now_ms), source.worker_id)
+        if isinstance(decision, Refusal):
+            if not prefill.is_held:
+                return  # P computes on; its progress asks again, at the latest its first token
+            if decision.cause is Cause.NO_WORKER:
+                self._decode_on_producer(prefill, now_ms)
+            else:
+                self._wait(decision, now_ms)
+            return
+        left_ms = prefill.left_ms - (now_ms - prefill.as_of_ms)
+        if not prefill.is_held and left_ms > decision.lead_ms:
+            self.wake_at_ms = min(self.wake_at_ms, now_ms + left_ms - decision.lead_ms)
+            return
+        if decision.worker_id == source.worker_id:
+            self._decode_on_producer(prefill, now_ms)
+            return
+        info = self._planner.info(decision.worker_id)
+        leg = self._next_leg(info)
+        self._decode = DecodeLeg(leg, info, Phase.BINDING, decision.num_bytes)
+        self._timeline.decodes_on(info.worker_id)
+        self._send(
+            info,
+            Bind(leg, self._request_now(now_ms), ticket, source.transports, source.host_id),
+        )
+        self._effects.append(
+            TransferStarted(leg, source.worker_id, info.worker_id, decision.num_bytes)
+        )
+
+    def _decode_on_producer(self, prefill: PrefillLeg, now_ms: float) -> None:
+        """No decode worker is up: P goes on by itself, from the prefix cache that it just filled.
+
+        The lease goes at once, so that the new leg never waits for blocks which it pins itself.
+        """
+        if not prefill.is_held:
+            return
+        leg = self._next_leg(prefill.info)
+        self._compute(leg, prefill.info, self._request_now(now_ms))
+        self._drop_prefill()
+
+    def _repair(self, decode: DecodeLeg, now_ms: float) -> None:
+        """A fetch ended early. Fetch again, compute on D what is missing, or start elsewhere."""
+        prefill, failed = self._prefill, decode.failed
+        decode.failed = None
+        ticket = None if prefill is None or prefill.is_void else prefill.ticket
+        if (
+            prefill is not None
+            and ticket is not None
+            and failed is not None
+            and failed.cause in TRANSPORT_FAULTS
+            and decode.num_rebinds < self._config.max_rebinds
+        ):
+            decode.num_rebinds += 1
+            source = prefill.info
+            self._send(decode.info, Rebind(decode.leg, ticket, source.transports, source.host_id))
+            self._effects.append(
+                TransferStarted(
+                    decode.leg, source.worker_id, decode.info.worker_id, decode.num_bytes
+                )
+            )
+            return
+        if ticket is None:
+            need = self._need(now_ms)
+            num_valid = failed.valid_tokens if failed is not None else 0
+            stay_ms = self._planner.local_ms(need, decode.info.worker_id, num_valid)
+            decision = self._planner.plan(need)
+            if (
+                isinstance(decision, RouteDecision)
+                and decision.remote
+                and decision.predicted_ms < stay_ms
+            ):
+                # D's reservation goes first: nobody holds D's blocks while waiting for P's.
+                self._send(decode.info, Abort(decode.leg))
+                self._decode = None
+                self._drop_prefill()
+                self._route(decision, now_ms)
+                return
+        if prefill is not None and not prefill.is_held:
+            self._drop_prefill()
+        decode.phase = Phase.LOCAL
+        self._send(decode.info, ComputeLocally(decode.leg, self._request_now(now_ms)))
+
+    def _wait(self, refusal: Refusal, now_ms: float) -> None:
+        """Only the gateway waits: for room, or, once something was computed, for a worker."""
+        nobody = refusal.cause in {Cause.NO_WORKER, Cause.DRAINING}
+        if refusal.cause is Cause.NEVER_FITS or (nobody and self.report.num_attempts == 0):
+            self._end(refusal.cause, refusal.message)
+            return
+        if self._waiting_since_ms is None:
+            self._waiting_since_ms = now_ms
+        config = self._config
+        patience_ms = config.reroute_wait_ms if nobody else config.queue_timeout_ms
+        limit_ms = self._waiting_since_ms + patience_ms
+        if now_ms >= limit_ms:
+            self._end(refusal.cause, f"{refusal.message}, for {patience_ms / 1e3:g} s")
+            return
+        self.is_parked = True
+        retries = [until for until in self._avoid.values() if until > now_ms]
+        self.wake_at_ms = min([self.wake_at_ms, limit_ms, *retries])
+
+    # ── helpers ──────────────────────────────────────────────────────────────────────────────────
+
+    def _end(self, cause: Cause | None, message: str) -> None:
+        """Everything is let go: the decode leg unless it ended by itself, then the lease."""
+        if self._decode is not None and not self._output.ended_by(self._decode.leg):
+            self._send(self._decode.info, Abort(self._decode.leg))
+        self._decode = None
+        self._drop_prefill()
+        self.wake_at_ms = float("inf")
+        self.is_parked = False
+        self.ended = Ended(cause, message)
+        self._effects.append(self.ended)
+
+    def _drop_prefill(self) -> None:
+        prefill, self._prefill = self._prefill, None
+        if prefill is not None:
+            leg = prefill.leg
+            self._send(prefill.info, Release(leg) if prefill.is_held else Abort(leg))
+
+    def _send(self, info: WorkerInfo, message: GatewayMessage) -> None:
+        self._effects.append(Send(info.worker_id, message))
+
+    def _next_leg(self, info: WorkerInfo) -> LegId:
+        self._fingerprint = info.fingerprint
+        return LegId(self._request.request_id, self._timeline.next_attempt())
+
+    def _need(self, now_ms: float) -> Need:
+        self._avoid = {worker: t for worker, t in self._avoid.items() if t > now_ms}
+        lengths = [self._output.length(choice) for choice in self._output.open_choices]
+        max_tokens = self._request.sampling.max_tokens or 0
+        return Need(
+            prompt_len=len(self._request.prompt_token_ids),
+            num_choices=len(lengths),
+            num_output_tokens=max(lengths),
+            max_new_tokens=max(max_tokens - min(lengths), 1),
+            fingerprint=self._fingerprint,
+            avoid=frozenset(self._avoid),
+        )
+
+    def _request_now(self, now_ms: float) -> Request:
+        """The request as the next worker must know it: with everything committed so far."""
+        deadline = self._request.deadline_ms
+        return replace(
+            self._request,
+            output_token_ids=self._output.token_ids if self._output.any_committed else (),
+            finished_choices=self._output.finished_choices,
+            deadline_ms=None if deadline is None else max(int(self.deadline_ms - now_ms), 1),
+        )

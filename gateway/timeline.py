@@ -1,0 +1,49 @@
+"""What a request did and when, gathered for its report."""
+
+from dataclasses import replace
+
+from baton.gateway.backend import PrefillPath, RequestReport
+from baton.types import TransferStats
+
+
+class Timeline:
+    """Times are the caller's monotonic milliseconds."""
+
+    def __init__(self, opened_ms: float) -> None:
+        self.report = RequestReport()
+        self._opened_ms = opened_ms
+        self._admitted_ms: float | None = None
+        self._has_token = False
+
+    def next_attempt(self) -> int:
+        attempt = self.report.num_attempts + 1
+        self.report = replace(self.report, num_attempts=attempt)
+        return attempt
+
+    def prefills_on(self, worker_id: str) -> None:
+        self.report = replace(self.report, prefill_worker=worker_id)
+
+    def decodes_on(self, worker_id: str) -> None:
+        self.report = replace(self.report, decode_worker=worker_id)
+
+    def admitted(self, num_cached_tokens: int, now_ms: float) -> None:
+        """A worker began with the prompt; only the first time counts."""
+        if self._admitted_ms is None:
+            self._admitted_ms = now_ms
+            self.report = replace(
+                self.report,
+                num_cached_tokens=num_cached_tokens,
+                queue_ms=now_ms - self._opened_ms,
+            )
+
+    def imported(self, stats: TransferStats) -> None:
+        transfers = (*self.report.transfers, stats)
+        self.report = replace(self.report, path=PrefillPath.REMOTE, transfers=transfers)
+
+    def committed(self, now_ms: float, computed_here: bool) -> None:
+        """Tokens came; `computed_here`: from the worker that decodes, which fetched nothing."""
+        if not self._has_token and self._admitted_ms is not None:
+            self.report = replace(self.report, prefill_ms=now_ms - self._admitted_ms)
+        self._has_token = True
+        if computed_here and self.report.path is PrefillPath.NONE:
+            self.report = replace(self.report, path=PrefillPath.LOCAL)
