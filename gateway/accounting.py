@@ -1,0 +1,138 @@
+"""What one request took, told twice: to the metrics, and in one log line when it is over."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from baton.errors import BatonError, Cause
+from baton.gateway.backend import PrefillPath, RequestReport
+from baton.gateway.choice import Delta
+from baton.telemetry import PHASES, GatewayMetrics
+
+log = logging.getLogger(__name__)
+
+OK = "ok"
+CANCELLED = "cancelled"
+
+
+def outcome_of(error: Exception) -> str:
+    return (error.cause if isinstance(error, BatonError) else Cause.INTERNAL).name.lower()
+
+
+@dataclass(slots=True)
+class _ChoiceTimes:
+    first_s: float
+    last_s: float
+    num_tokens: int
+
+
+class RequestRecord:
+    """From arrival to the end of one request. Set `outcome` ("ok", or a cause's name in lower case)
+    before `close`; what is closed without one was cancelled."""
+
+    def __init__(
+        self, metrics: GatewayMetrics, endpoint: str, response_id: str, request_id: str
+    ) -> None:
+        self.outcome = CANCELLED
+        self._metrics = metrics
+        self._endpoint = endpoint
+        self._ids = f"{response_id} ({request_id})"
+        self._started_s = time.monotonic()
+        self._opened_s: float | None = None
+        self._first_byte_s: float | None = None
+        self._num_prompt_tokens = 0
+        self._choices: dict[int, _ChoiceTimes] = {}
+        self._phases_ms: Mapping[str, float] = {}
+        self._closed = False
+        metrics.requests_open.inc()
+
+    @property
+    def has_token(self) -> bool:
+        return bool(self._choices)
+
+    def opened(self, num_prompt_tokens: int) -> None:
+        """Tokenized and valid; the routing side has it from now on."""
+        self._opened_s = time.monotonic()
+        self._num_prompt_tokens = num_prompt_tokens
+        self._metrics.prompt_tokens.inc(num_prompt_tokens)
+
+    def token(self, delta: Delta) -> None:
+        now = time.monotonic()
+        times = self._choices.get(delta.index)
+        if times is None:
+            self._choices[delta.index] = times = _ChoiceTimes(now, now, 0)
+        else:
+            self._metrics.itl_s.observe(now - times.last_s)
+        times.last_s = now
+        times.num_tokens += len(delta.token_ids)
+        if delta.finish_reason is not None and times.num_tokens > 1:
+            self._metrics.tpot_s.observe((now - times.first_s) / (times.num_tokens - 1))
+
+    def first_byte(self, report: RequestReport) -> None:
+        """The first token is on its way to the client: TTFT, and what it was made of."""
+        if self._first_byte_s is not None or self._opened_s is None:
+            return
+        self._first_byte_s = time.monotonic()
+        ttft_ms = (self._first_byte_s - self._started_s) * 1e3
+        tokenize_ms = (self._opened_s - self._started_s) * 1e3
+        rest_ms = ttft_ms - tokenize_ms - report.queue_ms - report.prefill_ms
+        parts = (tokenize_ms, report.queue_ms, report.prefill_ms, max(0.0, rest_ms))
+        self._phases_ms = dict(zip(PHASES, parts, strict=True))
+        self._metrics.ttft_s.observe(ttft_ms / 1e3)
+        for phase, part_ms in self._phases_ms.items():
+            self._metrics.ttft_phase_s.labels(phase).observe(part_ms / 1e3)
+
+    def close(self, reports: Sequence[RequestReport]) -> None:
+        """`reports`: one for each prompt that was opened. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        metrics = self._metrics
+        metrics.requests_open.dec()
+        metrics.requests.labels(self._endpoint, self.outcome).inc()
+        metrics.e2e_s.observe(time.monotonic() - self._started_s)
+        metrics.generation_tokens.inc(self._num_output_tokens)
+        for report in reports:
+            self._count(report)
+        log.info("%s", self._line(reports))
+
+    @property
+    def _num_output_tokens(self) -> int:
+        return sum(times.num_tokens for times in self._choices.values())
+
+    def _count(self, report: RequestReport) -> None:
+        metrics = self._metrics
+        metrics.cached_tokens.inc(report.num_cached_tokens)
+        if report.path is PrefillPath.REMOTE:
+            metrics.remote_prefills.inc()
+        elif report.path is PrefillPath.LOCAL:
+            metrics.local_prefills.inc()
+        for transfer in report.transfers:
+            metrics.kv_transfer_bytes.labels(transfer.transport).inc(transfer.num_bytes)
+            metrics.kv_transfer_s.labels(transfer.transport).observe(transfer.duration_ms / 1e3)
+
+    def _line(self, reports: Sequence[RequestReport]) -> str:
+        """Never anything that the client wrote, except its sanitised request id."""
+        now = time.monotonic()
+        phases = " + ".join(f"{name} {ms:.1f}" for name, ms in self._phases_ms.items())
+        ttft_ms = sum(self._phases_ms.values())
+        parts = [
+            f"{self._endpoint} {self.outcome} {self._ids}",
+            f"prompt {self._num_prompt_tokens}",
+            f"cached {sum(report.num_cached_tokens for report in reports)}",
+            f"output {self._num_output_tokens}",
+            f"ttft {ttft_ms:.1f} ms = {phases}" if phases else "no token",
+            f"total {(now - self._started_s) * 1e3:.1f} ms",
+        ]
+        for report in reports:
+            parts.append(_route(report))
+        return ", ".join(parts)
+
+
+def _route(report: RequestReport) -> str:
+    workers = " → ".join(w for w in (report.prefill_worker, report.decode_worker) if w)
+    moved = "".join(
+        f", {t.num_bytes} B over {t.transport} in {t.duration_ms:.1f} ms" for t in report.transfers
+    )
+    return f"{report.path} prefill {workers}, {report.num_attempts} attempts{moved}"

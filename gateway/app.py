@@ -1,0 +1,93 @@
+"""The ASGI application: routes, the one exception handler, the layer of limits in front."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+import baton
+from baton.errors import BatonError, Cause
+from baton.gateway import chat, completions
+from baton.gateway.accounting import outcome_of
+from baton.gateway.body import json_route
+from baton.gateway.cluster import cluster_router, refresh_fleet_gauges
+from baton.gateway.context import Context
+from baton.gateway.errors import api_error
+from baton.gateway.limits import Guard
+from baton.gateway.models import models_router
+
+Lifespan = Callable[[], AbstractAsyncContextManager[None]]
+
+
+@asynccontextmanager
+async def _nothing() -> AsyncIterator[None]:
+    yield
+
+
+def create_app(context: Context, lifespan: Lifespan = _nothing) -> FastAPI:
+    """`lifespan` is entered before the first request and left after the last."""
+
+    @asynccontextmanager
+    async def run(app: FastAPI) -> AsyncIterator[None]:
+        async with lifespan():
+            yield
+
+    # No redirects: their Location would be made of the client's Host header.
+    app = FastAPI(
+        title="Baton",
+        version=baton.__version__,
+        lifespan=run,
+        redirect_slashes=False,
+        redoc_url=None,
+    )
+    route_class = json_route(context.limits, _refusal_counter(context))
+    app.include_router(completions.completions_router(context, route_class))
+    app.include_router(chat.chat_router(context, route_class))
+    app.include_router(models_router(context))
+    app.include_router(cluster_router(context))
+    _add_probes(app, context)
+    for kind in (BatonError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, _on_exception)
+    keys = [key.get_secret_value() for key in context.settings.api_key]
+    app.add_middleware(Guard, limits=context.limits, keys=keys)
+    return app
+
+
+def _refusal_counter(context: Context) -> Callable[[str, Exception], None]:
+    def count(path: str, error: Exception) -> None:
+        refused = error if isinstance(error, BatonError) else BatonError(Cause.INVALID_REQUEST, "")
+        context.metrics.requests.labels(path, outcome_of(refused)).inc()
+
+    return count
+
+
+async def _on_exception(request: Request, error: Exception) -> Response:
+    request_id = request.state.request_id
+    response = api_error(error, request_id).response()
+    response.headers["X-Request-Id"] = request_id  # a 500 is sent from outside the layer of limits
+    return response
+
+
+def _add_probes(app: FastAPI, context: Context) -> None:
+    async def health() -> Response:
+        """200 once a route from prompt to tokens has been proven, and while one is up."""
+        if not context.backend.ready():
+            raise BatonError(Cause.NO_WORKER, "No route is ready.")
+        return Response()
+
+    app.get("/health", tags=["Operations"], response_class=Response)(health)
+    app.api_route("/ping", methods=["GET", "POST"], include_in_schema=False)(health)
+
+    @app.get("/version", tags=["Operations"])
+    async def version() -> dict[str, str]:
+        return {"version": baton.__version__}
+
+    @app.get("/metrics", tags=["Operations"], response_class=Response)
+    async def metrics() -> Response:
+        refresh_fleet_gauges(context.metrics, context.backend.topology())
+        body = generate_latest(context.metrics.registry)
+        return Response(body, media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,37 @@
+"""What every endpoint works with; made once by `create_app`."""
+
+from dataclasses import dataclass
+
+from baton.config import GatewaySettings
+from baton.errors import BatonError, Cause, InvalidRequest
+from baton.gateway.backend import Backend, ServedModel
+from baton.gateway.limits import Limits
+from baton.telemetry import GatewayMetrics
+from baton.text import TokenizerPool
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    backend: Backend
+    tokenizers: TokenizerPool
+    settings: GatewaySettings
+    metrics: GatewayMetrics
+    limits: Limits
+
+    def find_model(self, name: str | None) -> ServedModel:
+        """The model that a request means; without a name, the one that is served.
+
+        Raises:
+            InvalidRequest: MODEL_NOT_FOUND.
+            BatonError: NO_WORKER, so nothing is served yet.
+        """
+        models = self.backend.models()
+        if not models:
+            raise BatonError(Cause.NO_WORKER, "No worker is up yet.")
+        for model in models:
+            if name in (model.name, None, ""):
+                return model
+        names = ", ".join(model.name for model in models)
+        raise InvalidRequest(
+            f"The model does not exist. Served: {names}.", "model", Cause.MODEL_NOT_FOUND
+        )

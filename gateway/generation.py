@@ -1,0 +1,184 @@
+"""The work behind one HTTP request: tokenize, open a stream per prompt, merge them, make text."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from baton.errors import BatonError, Cause, InvalidRequest
+from baton.gateway.accounting import RequestRecord
+from baton.gateway.backend import RequestStream, ServedModel
+from baton.gateway.choice import Choice, Delta
+from baton.gateway.context import Context
+from baton.types import Request, SamplingParams, TokenChunk
+
+TokenIds = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a body asks for, validated as far as that goes without its token ids."""
+
+    id: str  # minted here: "cmpl-…"
+    model: ServedModel
+    sampling: SamplingParams  # max_tokens None: up to the model's length
+    tokenize: Callable[[], Awaitable[Sequence[TokenIds]]]
+    prompt_param: str  # the field that prompts come from
+    salt: bytes
+    priority: int = 0
+    skip_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """`prompt_tokens` counts each prompt once, however many choices it has."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class Generation:
+    """Runs one job. `deltas` is iterated once; `close` ends it in any state.
+
+    After `abort` (the client is gone) the iteration ends without an error and without the rest.
+    """
+
+    def __init__(self, context: Context, job: Job, record: RequestRecord) -> None:
+        self.job = job
+        self.record = record
+        self.aborted = False
+        self.prompts: Sequence[TokenIds] = ()
+        self._context = context
+        self._streams: list[RequestStream] = []
+        self._choices: list[Choice] = []
+        self._first: RequestStream | None = None  # the stream of the first token
+
+    def first_byte(self) -> None:
+        """The client was given its first token just now."""
+        if self._first is not None:
+            self.record.first_byte(self._first.report)
+
+    def abort(self) -> None:
+        self.aborted = True
+        for stream in self._streams:
+            stream.abort()
+
+    def close(self) -> None:
+        """Nothing of this job runs afterwards, here or on a worker."""
+        for stream in self._streams:
+            stream.abort()
+        self.record.close([stream.report for stream in self._streams])
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=sum(len(prompt) for prompt in self.prompts),
+            completion_tokens=sum(choice.num_tokens for choice in self._choices),
+            cached_tokens=sum(stream.report.num_cached_tokens for stream in self._streams),
+        )
+
+    async def deltas(self) -> AsyncGenerator[Delta]:
+        """
+        Raises:
+            BatonError: the job cannot be served, or failed.
+        """
+        prompts = await self.job.tokenize()
+        requests = [self._request(number, prompt) for number, prompt in enumerate(prompts)]
+        if self.aborted:
+            return
+        self._open(prompts, requests)
+        async with aclosing(_merge(self._streams)) as chunks:
+            async for number, chunk in chunks:
+                choice = self._choices[number * self.job.sampling.n + chunk.choice]
+                if choice.finished:
+                    continue  # surplus behind a stop string
+                delta = choice.push(chunk)
+                if choice.stopped_by_string:
+                    self._streams[number].finish_choice(chunk.choice)
+                if not self.record.has_token:
+                    self._first = self._streams[number]
+                self.record.token(delta)
+                yield delta
+        if not self.aborted and not all(choice.finished for choice in self._choices):
+            raise BatonError(Cause.INTERNAL, "a stream ended before its choices did")
+
+    def _request(self, number: int, prompt: TokenIds) -> Request:
+        deadline_ms = int(self._context.settings.request_timeout_s * 1e3)
+        return Request(
+            request_id=f"{self.job.id}-{number}",
+            prompt_token_ids=prompt,
+            sampling=self._fit(prompt),
+            salt=self.job.salt,
+            priority=self.job.priority,
+            deadline_ms=deadline_ms,
+        )
+
+    def _fit(self, prompt: TokenIds) -> SamplingParams:
+        """`sampling` with max_tokens cut to what the model's length leaves, as vLLM does.
+
+        Raises:
+            InvalidRequest: the prompt is empty, too long, or has ids that the model lacks.
+        """
+        sampling, model, param = self.job.sampling, self.job.model, self.job.prompt_param
+        if not prompt:
+            raise InvalidRequest("The prompt has no tokens.", param)
+        if max(prompt) >= model.vocab_size or min(prompt) < 0:
+            raise InvalidRequest("The prompt has a token id out of the vocabulary.", param)
+        room = model.max_model_len - len(prompt)
+        if room < 1:
+            raise InvalidRequest(
+                f"This model's maximum context length is {model.max_model_len} tokens, prompt and "
+                f"output together, but the prompt has {len(prompt)}.",
+                param,
+                Cause.CONTEXT_LENGTH_EXCEEDED,
+            )
+        max_tokens = min(room, room if sampling.max_tokens is None else sampling.max_tokens)
+        return replace(
+            sampling, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens)
+        )
+
+    def _open(self, prompts: Sequence[TokenIds], requests: Sequence[Request]) -> None:
+        self.prompts = prompts
+        self.record.opened(sum(len(prompt) for prompt in prompts))
+        num_choices = len(requests) * self.job.sampling.n
+        self._choices = [self._choice(index) for index in range(num_choices)]
+        for request in requests:
+            self._streams.append(self._context.backend.open(request))
+
+    def _choice(self, index: int) -> Choice:
+        job = self.job
+        return Choice(
+            index,
+            self._context.tokenizers.tokenizer,
+            job.sampling,
+            job.model.eos_token_ids,
+            skip_special_tokens=job.skip_special_tokens,
+        )
+
+
+async def _merge(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, TokenChunk]]:
+    """(number of the stream, chunk) as they come. Raises what the first failing stream raises."""
+    if len(streams) == 1:  # no task per token
+        async for chunk in streams[0]:
+            yield 0, chunk
+        return
+    pending = {asyncio.create_task(_next(stream)): n for n, stream in enumerate(streams)}
+    try:
+        while pending:
+            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                number = pending.pop(task)
+                if (next_chunk := task.result()) is not None:
+                    pending[asyncio.create_task(_next(streams[number]))] = number
+                    yield number, next_chunk
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+
+
+async def _next(stream: RequestStream) -> TokenChunk | None:
+    try:
+        return await stream.__anext__()
+    except StopAsyncIteration:
+        return None

@@ -1,0 +1,31 @@
+"""GET /v1/models."""
+
+import time
+from typing import Any
+
+from fastapi import APIRouter
+
+from baton.gateway.context import Context
+
+
+def models_router(context: Context) -> APIRouter:
+    router = APIRouter(tags=["OpenAI"])
+    created = int(time.time())  # for people; nothing is measured with it
+
+    @router.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        entries = [
+            {
+                "id": model.name,
+                "object": "model",
+                "created": created,
+                "owned_by": "baton",
+                "root": model.name,
+                "parent": None,
+                "max_model_len": model.max_model_len,
+            }
+            for model in context.backend.models()
+        ]
+        return {"object": "list", "data": entries}
+
+    return router

@@ -1,0 +1,187 @@
+"""Answers on the wire: server-sent events, or one JSON body; and what happens when the client goes.
+
+A client that disconnects ends its request at once, in every phase. Until the first token nothing is
+sent, so that a failure is a plain status; except that a stream which stays silent for
+`Limits.keep_alive_s` is opened with a comment. After that a failure is an `error` event, and the
+stream ends without `[DONE]`.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from fastapi import Response
+from fastapi.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from baton.errors import BatonError
+from baton.gateway.accounting import OK, outcome_of
+from baton.gateway.choice import Delta
+from baton.gateway.errors import api_error
+from baton.gateway.generation import Generation, Usage
+from baton.gateway.limits import Limits
+
+log = logging.getLogger(__name__)
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold events back
+]
+_COMMENT = b": keep-alive\n\n"
+_DONE = b"data: [DONE]\n\n"
+
+
+class Shape(Protocol):
+    """How one endpoint writes down what happened."""
+
+    def chunks(self, delta: Delta, usage: Usage | None) -> Sequence[dict[str, Any]]:
+        """The events of one delta; `usage` if every event shall carry it."""
+        ...
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]: ...
+
+    def answer(self, choices: Sequence[Sequence[Delta]], usage: Usage) -> dict[str, Any]:
+        """The body of an answer that is not streamed; `choices` in order of their index."""
+        ...
+
+
+class EventWriter:
+    """Server-sent events over ASGI. The response starts with the first write.
+
+    Two tasks write: the stream and its keep-alive; the lock keeps their messages whole.
+    """
+
+    def __init__(self, send: Send, limits: Limits) -> None:
+        self.started = False
+        self._send = send
+        self._lock = asyncio.Lock()
+        self._limits = limits
+        self._last_write_s = time.monotonic()
+
+    async def json(self, value: dict[str, Any]) -> None:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        await self.write(b"data: %b\n\n" % text.encode())
+
+    async def write(self, data: bytes) -> None:
+        """
+        Raises:
+            TimeoutError: the client did not read for `slow_client_s`, so the buffers are full.
+        """
+        async with asyncio.timeout(self._limits.slow_client_s), self._lock:
+            if not self.started:
+                self.started = True
+                await self._send(
+                    {"type": "http.response.start", "status": 200, "headers": _HEADERS}
+                )
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        self._last_write_s = time.monotonic()
+
+    async def end(self, last: bytes = b"") -> None:
+        async with asyncio.timeout(self._limits.slow_client_s), self._lock:
+            await self._send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def keep_alive(self) -> None:
+        """Runs beside the stream: a comment after every `keep_alive_s` of silence."""
+        interval_s = self._limits.keep_alive_s
+        while interval_s > 0:
+            silent_s = time.monotonic() - self._last_write_s
+            if silent_s >= interval_s:
+                await self.write(_COMMENT)
+                silent_s = 0.0
+            await asyncio.sleep(interval_s - silent_s)
+
+
+class GenerationResponse(Response):
+    """Runs a generation and answers with it. Owns it: it is closed however this ends."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        shape: Shape,
+        limits: Limits,
+        *,
+        stream: bool,
+        include_usage: bool = False,
+        continuous_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        self._generation = generation
+        self._shape = shape
+        self._limits = limits
+        self._stream = stream
+        self._include_usage = include_usage
+        self._continuous_usage = continuous_usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watcher = asyncio.create_task(self._watch(receive))
+        try:
+            if self._stream:
+                await self._send_events(scope, send)
+            else:
+                await self._send_answer(scope, receive, send)
+        except Exception as error:
+            self._generation.record.outcome = outcome_of(error)
+            raise
+        finally:
+            self._generation.close()
+            watcher.cancel()
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._generation.abort()
+
+    async def _send_answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        generation = self._generation
+        choices: dict[int, list[Delta]] = {}
+        async with aclosing(generation.deltas()) as deltas:
+            async for delta in deltas:
+                generation.first_byte()
+                choices.setdefault(delta.index, []).append(delta)
+        if generation.aborted:
+            return
+        in_order = [choices[index] for index in sorted(choices)]
+        generation.record.outcome = OK
+        body = self._shape.answer(in_order, generation.usage())
+        await JSONResponse(body)(scope, receive, send)
+
+    async def _send_events(self, scope: Scope, send: Send) -> None:
+        writer = EventWriter(send, self._limits)
+        keep_alive = asyncio.create_task(writer.keep_alive())
+        try:
+            await self._write_deltas(writer)
+        except TimeoutError:
+            # Returning without an end makes the server close the connection.
+            log.info("%s: the client stopped reading", self._generation.job.id)
+        except Exception as error:
+            if not writer.started:
+                raise
+            self._generation.record.outcome = outcome_of(error)
+            if not isinstance(error, BatonError):
+                log.exception("%s failed", self._generation.job.id)
+            await writer.json(api_error(error, scope["state"]["request_id"]).body())
+            await writer.end()
+        finally:
+            keep_alive.cancel()
+            await asyncio.gather(keep_alive, return_exceptions=True)
+
+    async def _write_deltas(self, writer: EventWriter) -> None:
+        generation = self._generation
+        async with aclosing(generation.deltas()) as deltas:
+            async for delta in deltas:
+                usage = generation.usage() if self._continuous_usage else None
+                for chunk in self._shape.chunks(delta, usage):
+                    await writer.json(chunk)
+                if delta.first:
+                    generation.first_byte()
+        if generation.aborted:
+            return
+        if self._include_usage:
+            await writer.json(self._shape.usage_chunk(generation.usage()))
+        await writer.end(_DONE)
+        generation.record.outcome = OK
