@@ -1,0 +1,433 @@
+"""baton.types to and from protobuf. See `baton.wire`, which is what everybody imports."""
+
+from baton.errors import InvalidRequest
+from baton.types import (
+    FinishReason,
+    KVGroup,
+    KVKind,
+    KVLayout,
+    KVRange,
+    KVTicket,
+    LegId,
+    Logprobs,
+    Request,
+    Role,
+    SamplingParams,
+    StepTiming,
+    TokenChunk,
+    TransferStats,
+    TransportAddress,
+    WorkerInfo,
+    WorkerSnapshot,
+)
+from baton.v1 import common_pb2 as pb
+from baton.v1 import kv_pb2, worker_pb2
+from baton.wire_checks import (
+    DIGEST_BYTES,
+    MAX_ADDRESS_LEN,
+    MAX_ID_LEN,
+    MAX_ITEMS,
+    MAX_SALT_BYTES,
+    MAX_TOKENS,
+    RANDOM_ID_BYTES,
+    check_len,
+    exactly,
+    finite,
+    refuse,
+    text,
+)
+
+_DTYPES = frozenset(("bfloat16", "float16", "float32"))
+_ROLES = {pb.ROLE_PREFILL: Role.PREFILL, pb.ROLE_DECODE: Role.DECODE, pb.ROLE_BOTH: Role.BOTH}
+_ROLES_PB = {role: number for number, role in _ROLES.items()}
+
+
+# ── requests and tokens ──────────────────────────────────────────────────────────────────────────
+
+
+def leg_to_pb(leg: LegId) -> pb.LegId:
+    return pb.LegId(request_id=leg.request_id, attempt=leg.attempt)
+
+
+def leg_from_pb(message: pb.LegId) -> LegId:
+    return LegId(text(message.request_id, MAX_ID_LEN, "request_id"), message.attempt)
+
+
+def sampling_to_pb(params: SamplingParams) -> pb.SamplingParams:
+    """
+    Raises:
+        ValueError: seed or max_tokens is missing; both are resolved before a request leaves its
+            gateway.
+    """
+    if params.seed is None or params.max_tokens is None:
+        raise ValueError("seed and max_tokens must be set before a request is sent")
+    return pb.SamplingParams(
+        n=params.n,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
+        seed=params.seed,
+        max_tokens=params.max_tokens,
+        min_tokens=params.min_tokens,
+        ignore_eos=params.ignore_eos,
+        stop_token_ids=params.stop_token_ids,
+        logprobs=params.logprobs,
+    )
+
+
+def sampling_from_pb(message: pb.SamplingParams) -> SamplingParams:
+    check_len(message.stop_token_ids, MAX_TOKENS, "stop_token_ids")
+    try:
+        return SamplingParams(
+            n=message.n,
+            temperature=message.temperature,
+            top_p=message.top_p,
+            top_k=message.top_k,
+            min_p=message.min_p,
+            presence_penalty=message.presence_penalty,
+            frequency_penalty=message.frequency_penalty,
+            repetition_penalty=message.repetition_penalty,
+            seed=message.seed,
+            max_tokens=message.max_tokens,
+            min_tokens=message.min_tokens,
+            ignore_eos=message.ignore_eos,
+            stop_token_ids=tuple(message.stop_token_ids),
+            logprobs=message.logprobs if message.HasField("logprobs") else None,
+        )
+    except InvalidRequest as error:
+        raise refuse(error.message) from error
+
+
+def request_to_pb(request: Request) -> pb.Request:
+    """Stop strings stay behind; request_id travels in the leg."""
+    message = pb.Request(
+        prompt_token_ids=request.prompt_token_ids,
+        sampling=sampling_to_pb(request.sampling),
+        salt=request.salt,
+        priority=request.priority,
+        deadline_ms=request.deadline_ms,
+    )
+    if any(request.output_token_ids) or request.finished_choices:
+        for choice in range(request.sampling.n):
+            message.committed.add(
+                token_ids=request.committed(choice), finished=choice in request.finished_choices
+            )
+    return message
+
+
+def request_from_pb(message: pb.Request, request_id: str) -> Request:
+    check_len(message.prompt_token_ids, MAX_TOKENS, "prompt_token_ids")
+    check_len(message.salt, MAX_SALT_BYTES, "salt")
+    sampling = sampling_from_pb(message.sampling)
+    if len(message.committed) not in (0, sampling.n):
+        raise refuse(f"committed has {len(message.committed)} entries for {sampling.n} choices")
+    for committed in message.committed:
+        check_len(committed.token_ids, MAX_TOKENS, "committed")
+    outputs = tuple(tuple(committed.token_ids) for committed in message.committed)
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=tuple(message.prompt_token_ids),
+        sampling=sampling,
+        output_token_ids=outputs if any(outputs) else (),
+        finished_choices=frozenset(c for c, x in enumerate(message.committed) if x.finished),
+        salt=message.salt,
+        priority=message.priority,
+        deadline_ms=message.deadline_ms if message.HasField("deadline_ms") else None,
+    )
+
+
+def chunk_to_pb(chunk: TokenChunk) -> pb.TokenChunk:
+    return pb.TokenChunk(
+        leg=leg_to_pb(chunk.leg),
+        choice=chunk.choice,
+        start=chunk.start,
+        token_ids=chunk.token_ids,
+        logprobs=[_logprobs_to_pb(item) for item in chunk.logprobs],
+        finish_reason=chunk.finish_reason or 0,  # type: ignore[arg-type]
+        stop_token_id=chunk.stop_token_id,
+    )
+
+
+def chunk_from_pb(message: pb.TokenChunk) -> TokenChunk:
+    check_len(message.token_ids, MAX_TOKENS, "token_ids")
+    if len(message.logprobs) not in (0, len(message.token_ids)):
+        raise refuse("logprobs do not match token_ids")
+    return TokenChunk(
+        leg=leg_from_pb(message.leg),
+        choice=message.choice,
+        start=message.start,
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(_logprobs_from_pb(item) for item in message.logprobs),
+        finish_reason=_finish_reason(message.finish_reason),
+        stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
+    )
+
+
+def _logprobs_to_pb(logprobs: Logprobs) -> pb.Logprobs:
+    top = [pb.TopLogprob(token_id=token_id, logprob=value) for token_id, value in logprobs.top]
+    return pb.Logprobs(logprob=logprobs.logprob, rank=logprobs.rank, top=top)
+
+
+def _logprobs_from_pb(message: pb.Logprobs) -> Logprobs:
+    check_len(message.top, MAX_ITEMS, "top logprobs")
+    top = tuple((item.token_id, item.logprob) for item in message.top)
+    return Logprobs(logprob=message.logprob, rank=message.rank, top=top)
+
+
+def _finish_reason(number: int) -> FinishReason | None:
+    if number == 0:
+        return None
+    try:
+        return FinishReason(number)
+    except ValueError:
+        raise refuse(f"finish_reason {number}") from None
+
+
+# ── KV ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def layout_to_pb(layout: KVLayout) -> pb.KVLayout:
+    message = pb.KVLayout(block_size=layout.block_size, tp_size=layout.tp_size)
+    for group in layout.groups:
+        message.groups.add(
+            kind=int(group.kind),  # type: ignore[arg-type]
+            num_layers=group.num_layers,
+            num_kv_heads=group.num_kv_heads,
+            head_dim=group.head_dim,
+            dtype=group.dtype,
+            window=group.window,
+        )
+    return message
+
+
+def layout_from_pb(message: pb.KVLayout) -> KVLayout:
+    check_len(message.groups, MAX_ITEMS, "groups")
+    if not (message.groups and message.block_size and message.tp_size):
+        raise refuse("layout without groups, block_size or tp_size")
+    groups = tuple(_group_from_pb(group) for group in message.groups)
+    return KVLayout(groups, message.block_size, message.tp_size)
+
+
+def _group_from_pb(message: pb.KVGroup) -> KVGroup:
+    try:
+        kind = KVKind(message.kind)
+    except ValueError:
+        raise refuse(f"KV kind {message.kind}") from None
+    if message.dtype not in _DTYPES:
+        raise refuse(f"KV dtype {message.dtype[:16]!r}")
+    if not (message.num_layers and message.num_kv_heads and message.head_dim):
+        raise refuse("KV group without layers, heads or dims")
+    return KVGroup(
+        kind,
+        message.num_layers,
+        message.num_kv_heads,
+        message.head_dim,
+        message.dtype,
+        message.window,
+    )
+
+
+def ticket_to_pb(ticket: KVTicket) -> pb.KVTicket:
+    return pb.KVTicket(
+        transfer_id=ticket.transfer_id,
+        address=ticket.address,
+        incarnation=ticket.incarnation,
+        fingerprint=ticket.fingerprint,
+        layout=layout_to_pb(ticket.layout),
+        num_tokens=ticket.num_tokens,
+        tokens_digest=ticket.tokens_digest,
+        salt_digest=ticket.salt_digest,
+        expires_at_ms=ticket.expires_at_ms,
+        key_id=ticket.key_id,
+        mac=ticket.mac,
+    )
+
+
+def ticket_from_pb(message: pb.KVTicket) -> KVTicket:
+    return KVTicket(
+        transfer_id=exactly(message.transfer_id, RANDOM_ID_BYTES, "transfer_id"),
+        address=text(message.address, MAX_ADDRESS_LEN, "address"),
+        incarnation=exactly(message.incarnation, RANDOM_ID_BYTES, "incarnation"),
+        fingerprint=exactly(message.fingerprint, DIGEST_BYTES, "fingerprint"),
+        layout=layout_from_pb(message.layout),
+        num_tokens=message.num_tokens,
+        tokens_digest=exactly(message.tokens_digest, DIGEST_BYTES, "tokens_digest"),
+        salt_digest=exactly(message.salt_digest, DIGEST_BYTES, "salt_digest"),
+        expires_at_ms=message.expires_at_ms,
+        key_id=message.key_id,
+        mac=exactly(message.mac, DIGEST_BYTES, "mac"),
+    )
+
+
+def range_to_pb(where: KVRange) -> kv_pb2.KVRange:
+    return kv_pb2.KVRange(
+        layer_start=where.layer_start,
+        layer_stop=where.layer_stop,
+        token_start=where.token_start,
+        token_stop=where.token_stop,
+        head_start=where.head_start,
+        head_stop=where.head_stop,
+    )
+
+
+def range_from_pb(message: kv_pb2.KVRange) -> KVRange:
+    where = KVRange(
+        message.layer_start,
+        message.layer_stop,
+        message.token_start,
+        message.token_stop,
+        message.head_start,
+        message.head_stop,
+    )
+    if where.num_layers < 0 or where.num_tokens < 0 or where.head_stop < where.head_start:
+        raise refuse(f"{where} ends before it starts")
+    return where
+
+
+def stats_to_pb(stats: TransferStats) -> worker_pb2.TransferStats:
+    """`attributes` are for the worker's own logs and stay behind."""
+    return worker_pb2.TransferStats(
+        transport=stats.transport,
+        num_bytes=stats.num_bytes,
+        num_frames=stats.num_frames,
+        num_tokens=stats.num_tokens,
+        duration_ms=stats.duration_ms,
+    )
+
+
+def stats_from_pb(message: worker_pb2.TransferStats) -> TransferStats:
+    return TransferStats(
+        transport=text(message.transport, MAX_ITEMS, "transport"),
+        num_bytes=message.num_bytes,
+        num_frames=message.num_frames,
+        num_tokens=message.num_tokens,
+        duration_ms=finite(message.duration_ms, "duration_ms"),
+    )
+
+
+# ── workers ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def transport_to_pb(address: TransportAddress) -> pb.TransportAddress:
+    return pb.TransportAddress(name=address.name, address=address.address)
+
+
+def transport_from_pb(message: pb.TransportAddress) -> TransportAddress:
+    return TransportAddress(
+        text(message.name, MAX_ITEMS, "transport"),
+        text(message.address, MAX_ADDRESS_LEN, "transport address"),
+    )
+
+
+def role_from_pb(number: int) -> Role:
+    try:
+        return _ROLES[number]
+    except KeyError:
+        raise refuse(f"role {number}") from None
+
+
+def worker_info_to_pb(info: WorkerInfo) -> pb.WorkerInfo:
+    return pb.WorkerInfo(
+        worker_id=info.worker_id,
+        incarnation=info.incarnation,
+        role=_ROLES_PB[info.role],
+        model=info.model,
+        fingerprint=info.fingerprint,
+        layout=layout_to_pb(info.layout),
+        address=info.address,
+        transports=[transport_to_pb(address) for address in info.transports],
+        host_id=info.host_id,
+        pid=info.pid,
+        device=info.device,
+        num_blocks=info.num_blocks,
+        max_model_len=info.max_model_len,
+        max_num_seqs=info.max_num_seqs,
+        vocab_size=info.vocab_size,
+        eos_token_ids=info.eos_token_ids,
+        capabilities=sorted(info.capabilities),
+        protocol_major=info.protocol[0],
+        protocol_minor=info.protocol[1],
+    )
+
+
+def worker_info_from_pb(message: pb.WorkerInfo) -> WorkerInfo:
+    for field in ("transports", "eos_token_ids", "capabilities"):
+        check_len(getattr(message, field), MAX_ITEMS, field)
+    return WorkerInfo(
+        worker_id=text(message.worker_id, MAX_ID_LEN, "worker_id"),
+        incarnation=exactly(message.incarnation, RANDOM_ID_BYTES, "incarnation"),
+        role=role_from_pb(message.role),
+        model=text(message.model, MAX_ADDRESS_LEN, "model"),
+        fingerprint=exactly(message.fingerprint, DIGEST_BYTES, "fingerprint"),
+        layout=layout_from_pb(message.layout),
+        address=text(message.address, MAX_ADDRESS_LEN, "address"),
+        transports=tuple(transport_from_pb(item) for item in message.transports),
+        host_id=text(message.host_id, MAX_ID_LEN, "host_id"),
+        pid=message.pid,
+        device=text(message.device, MAX_ID_LEN, "device"),
+        num_blocks=message.num_blocks,
+        max_model_len=message.max_model_len,
+        max_num_seqs=message.max_num_seqs,
+        vocab_size=message.vocab_size,
+        eos_token_ids=tuple(message.eos_token_ids),
+        capabilities=frozenset(text(c, MAX_ID_LEN, "capability") for c in message.capabilities),
+        protocol=(message.protocol_major, message.protocol_minor),
+    )
+
+
+def snapshot_to_pb(snapshot: WorkerSnapshot) -> pb.WorkerSnapshot:
+    return pb.WorkerSnapshot(
+        role=_ROLES_PB[snapshot.role],
+        num_running=snapshot.num_running,
+        num_waiting=snapshot.num_waiting,
+        num_waiting_for_kv=snapshot.num_waiting_for_kv,
+        free_blocks=snapshot.free_blocks,
+        total_blocks=snapshot.total_blocks,
+        num_leases=snapshot.num_leases,
+        num_quarantined_blocks=snapshot.num_quarantined_blocks,
+        queued_prefill_tokens=snapshot.queued_prefill_tokens,
+        context_tokens=snapshot.context_tokens,
+        step_age_ms=snapshot.step_age_ms,
+        draining=snapshot.draining,
+    )
+
+
+def snapshot_from_pb(message: pb.WorkerSnapshot) -> WorkerSnapshot:
+    return WorkerSnapshot(
+        role=role_from_pb(message.role),
+        num_running=message.num_running,
+        num_waiting=message.num_waiting,
+        num_waiting_for_kv=message.num_waiting_for_kv,
+        free_blocks=message.free_blocks,
+        total_blocks=message.total_blocks,
+        num_leases=message.num_leases,
+        num_quarantined_blocks=message.num_quarantined_blocks,
+        queued_prefill_tokens=message.queued_prefill_tokens,
+        context_tokens=message.context_tokens,
+        step_age_ms=finite(message.step_age_ms, "step_age_ms"),
+        draining=message.draining,
+    )
+
+
+def timing_to_pb(timing: StepTiming) -> pb.StepTiming:
+    return pb.StepTiming(
+        num_prefill_tokens=timing.num_prefill_tokens,
+        num_cached_tokens=timing.num_cached_tokens,
+        num_decodes=timing.num_decodes,
+        context_tokens=timing.context_tokens,
+        duration_ms=timing.duration_ms,
+    )
+
+
+def timing_from_pb(message: pb.StepTiming) -> StepTiming:
+    return StepTiming(
+        num_prefill_tokens=message.num_prefill_tokens,
+        num_cached_tokens=message.num_cached_tokens,
+        num_decodes=message.num_decodes,
+        context_tokens=message.context_tokens,
+        duration_ms=finite(message.duration_ms, "duration_ms"),
+    )
