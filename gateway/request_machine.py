@@ -103,6 +103,11 @@ class RequestMachine:
     def report(self) -> RequestReport:
         return self._timeline.report
 
+    @property
+    def num_defects(self) -> int:
+        """Tokens that differed from what was committed at their index."""
+        return self._output.num_defects
+
     # ── events ───────────────────────────────────────────────────────────────────────────────────
 
     def start(self, now_ms: float) -> list[Effect]:
@@ -232,7 +237,9 @@ class RequestMachine:
         if cause is Cause.PROTOCOL:
             self._send(leg.info, Abort(leg.leg))
         self._num_failures += 1
-        if not cause.retryable or self._num_failures > self._config.max_failures:
+        # The request's deadline is ours to watch; that of a worker is about the leg alone.
+        is_final = not cause.retryable and cause is not Cause.DEADLINE_EXCEEDED
+        if is_final or self._num_failures > self._config.max_failures:
             self._end(cause, detail or cause.name.lower())
         self._avoid[leg.info.worker_id] = now_ms + self._config.retry_delay_ms
 
