@@ -20,7 +20,8 @@ from baton.types import StepTiming
 NUM_FEATURES = 5
 _HUBER = 0.5  # relative error beyond which a step's weight falls as 1 / error
 _REFIT_EVERY = 4  # observations between two fits
-_SWEEPS = 30  # coordinate descent over five coefficients
+_SWEEPS = 10  # of coordinate descent over five coefficients, from where they are
+_PLAUSIBLE_MS = (1e-3, 1e7)  # a duration outside says that a clock is broken
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,12 @@ class LatencyPrior:
     formula)."""
 
     coefficients: tuple[float, ...] = (2.0, 0.05, 1e-6, 0.2, 2e-4)
-    strength: float = 0.05  # weight against one observation
+    strength: float = 5e-4  # of the pull towards these, against one observation's 1
     chunk_tokens: int = 512  # prefill tokens per step until more have been seen in one
+
+
+def _is_plausible(duration_ms: float) -> bool:
+    return _PLAUSIBLE_MS[0] <= duration_ms <= _PLAUSIBLE_MS[1]  # False for NaN, too
 
 
 def _features(prefill: float, cached: float, decodes: float, context: float) -> list[float]:
@@ -61,7 +66,7 @@ class LatencyModel:
     def observe(self, timing: StepTiming) -> None:
         """Learn from one step. Ignores steps that did nothing, warm-up and impossible durations."""
         work = timing.num_prefill_tokens + timing.num_decodes
-        if work <= 0 or not (math.isfinite(timing.duration_ms) and timing.duration_ms > 0):
+        if work <= 0 or not _is_plausible(timing.duration_ms):
             return
         self.num_steps += 1
         if self.num_steps <= self.num_warmup:
@@ -138,7 +143,7 @@ class LatencyModel:
         c = self._coefficients
         for _ in range(_SWEEPS):
             for i, prior in enumerate(self.prior.coefficients):
-                ridge = self.prior.strength / max(prior, 1e-12) ** 2 * 1e-2
+                ridge = self.prior.strength / max(prior, 1e-12) ** 2
                 others = sum(self._gram[i][j] * c[j] for j in range(NUM_FEATURES) if j != i)
                 step = (self._moment[i] - others + ridge * prior) / (self._gram[i][i] + ridge)
                 c[i] = max(step, 0.0)
@@ -174,7 +179,7 @@ class LinkModel:
     def observe(self, num_bytes: int, duration_ms: float) -> None:
         """Learn from a finished fetch. Too small ones say more of latency than of rate and are
         ignored."""
-        if num_bytes < 64 * 1024 or not (math.isfinite(duration_ms) and duration_ms > 0):
+        if num_bytes < 64 * 1024 or not _is_plausible(duration_ms):
             return
         rate = num_bytes / duration_ms
         gain = 1.0 if self.num_measured == 0 else 0.5 if rate > self.bytes_per_ms else 0.1
