@@ -24,7 +24,7 @@ from google.protobuf import json_format
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from baton import wire
+from baton import wire_types
 from baton.errors import BatonError
 from baton.messages import BlocksRemoved, BlocksStored, LocalityEvent
 from baton.types import HASH_TOKENS, BlockHash, WorkerInfo
@@ -79,7 +79,7 @@ def stream_key(cluster: str, info: WorkerInfo) -> str:
 
 
 def encode_registration(signer: Signer, cluster: str, info: WorkerInfo) -> str:
-    body = json_format.MessageToJson(wire.worker_info_to_pb(info), indent=None)
+    body = json_format.MessageToJson(wire_types.worker_info_to_pb(info), indent=None)
     mac = signer.sign(worker_key(cluster, info.worker_id), body.encode())
     return json.dumps({"schema": SCHEMA, "info": body, "mac": mac})
 
@@ -92,11 +92,11 @@ def decode_registration(signer: Signer, key: str, value: bytes) -> WorkerInfo:
     body = str(entry.get("info", ""))
     if not signer.verify(key, body.encode(), str(entry.get("mac", ""))):
         raise ValueError("signature does not match")
-    message = json_format.Parse(body, common_pb2.WorkerInfo(), ignore_unknown_fields=True)
     try:
-        info = wire.worker_info_from_pb(message)
-    except BatonError as error:
-        raise ValueError(error.message) from None
+        message = json_format.Parse(body, common_pb2.WorkerInfo(), ignore_unknown_fields=True)
+        info = wire_types.worker_info_from_pb(message)
+    except (BatonError, json_format.ParseError) as error:
+        raise ValueError(str(error)) from None
     if not key.endswith(f":w:{info.worker_id}"):
         raise ValueError("entry is under another worker's key")
     return info
