@@ -162,11 +162,20 @@ def chat(url: str, **options: Any) -> None:
     sys.exit(run_chat(url, **options))
 
 
+@click.command()
+@click.argument("address")
+def health(address: str) -> None:
+    """Exit with 0 if the worker at ADDRESS (host:port) says it serves."""
+    from baton.rpc import is_serving
+
+    sys.exit(0 if asyncio.run(is_serving(address)) else 1)
+
+
 click.rich_click.COMMAND_GROUPS = {
     "baton": [
         {"name": "Serve", "commands": ["serve"]},
         {"name": "One process", "commands": ["gateway", "prefill-worker", "decode-worker"]},
-        {"name": "Use", "commands": ["chat"]},
+        {"name": "Use", "commands": ["chat", "health"]},
     ]
 }
 
@@ -195,7 +204,7 @@ def main() -> None:
     """LLM serving with prefill and decode separated."""
 
 
-for _command in (serve, gateway, prefill_worker, decode_worker, chat):
+for _command in (serve, gateway, prefill_worker, decode_worker, chat, health):
     main.add_command(_command)
 
 if __name__ == "__main__":

@@ -194,6 +194,17 @@ def connect(address: str, token: ClusterToken) -> Connection:
     return Connection(channel, token.metadata)
 
 
+async def is_serving(address: str, timeout_s: float = 5.0) -> bool:
+    """What the standard health service of the worker at host:port answers; False if nothing does."""
+    async with grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        try:
+            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+        except grpc.aio.AioRpcError:
+            return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
 # ── server's side ────────────────────────────────────────────────────────────────────────────────
 
 
