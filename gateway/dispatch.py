@@ -15,7 +15,7 @@ from typing import Protocol
 from baton.errors import BatonError, Cause
 from baton.gateway import router
 from baton.gateway.backend import WorkerState
-from baton.gateway.legs import Effect, Emit, Ended, MachineConfig, Send, TransferStarted
+from baton.gateway.legs import Effect, Emit, Ended, MachineConfig, Planner, Send, TransferStarted
 from baton.gateway.request_machine import RequestMachine
 from baton.gateway.router import DecodeDecision, Need, Refusal, RouteDecision, RouterConfig
 from baton.gateway.workers import Fleet
@@ -123,15 +123,17 @@ class Dispatcher:
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────────
 
-    def open(self, request: Request, now_ms: float) -> RequestMachine:
-        """Start a request.
+    def open(
+        self, request: Request, now_ms: float, planner: Planner | None = None
+    ) -> RequestMachine:
+        """Start a request, over a route of its own if it comes with a planner.
 
         Raises:
             BatonError: OVERLOADED, or why the router refuses it (NO_WORKER, NEVER_FITS, DRAINING).
         """
         if len(self._machines) >= self.config.max_pending_requests:
             raise BatonError(Cause.OVERLOADED, "too many open requests")
-        planner = _Planner(self, request)
+        planner = planner or _Planner(self, request)
         machine = RequestMachine(request, planner, self.config.machine, now_ms)
         effects = machine.start(now_ms)
         if machine.ended is not None and machine.ended.cause is not None:
