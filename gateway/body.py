@@ -16,7 +16,7 @@ from baton.gateway.limits import Limits
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89abAB]")
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 OnRefused = Callable[[str, Exception], None]  # (path of the route, why)

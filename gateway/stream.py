@@ -34,6 +34,7 @@ _HEADERS = [
 ]
 _COMMENT = b": keep-alive\n\n"
 _DONE = b"data: [DONE]\n\n"
+_WRITES_PER_TURN = 32  # a stream with many tokens waiting lets the others in between
 
 
 class Shape(Protocol):
@@ -62,6 +63,7 @@ class EventWriter:
         self._lock = asyncio.Lock()
         self._limits = limits
         self._last_write_s = time.monotonic()
+        self._num_writes = 0
 
     async def json(self, value: dict[str, Any]) -> None:
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
@@ -80,6 +82,9 @@ class EventWriter:
                 )
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
         self._last_write_s = time.monotonic()
+        self._num_writes += 1
+        if self._num_writes % _WRITES_PER_TURN == 0:
+            await asyncio.sleep(0)
 
     async def end(self, last: bytes = b"") -> None:
         async with asyncio.timeout(self._limits.slow_client_s), self._lock:

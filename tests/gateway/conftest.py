@@ -1,0 +1,112 @@
+"""An application around a scripted backend, and a real server for contract tests."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+import baton
+from baton.config import GatewaySettings
+from baton.gateway.app import create_app
+from baton.gateway.backend import ServedModel
+from baton.gateway.context import Context
+from baton.gateway.limits import Limits
+from baton.telemetry import GatewayMetrics
+from baton.text import Tokenizer, TokenizerPool
+from baton.types import Request
+from tests.gateway.fakes import FakeBackend, Script, Step, chunks
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_pretrained(str(Path(baton.__file__).parent / "demo_model"))
+
+
+@pytest.fixture
+def pool(tokenizer: Tokenizer) -> Iterator[TokenizerPool]:
+    pool = TokenizerPool(tokenizer, num_threads=1, max_pending=64)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def model(tokenizer: Tokenizer) -> ServedModel:
+    return ServedModel(
+        "tiny", max_model_len=256, vocab_size=4096, eos_token_ids=tokenizer.eos_token_ids
+    )
+
+
+@pytest.fixture
+def say(tokenizer: Tokenizer) -> Callable[[str], Script]:
+    """say(text): every choice of every request gets the tokens of `text`, one per chunk."""
+
+    def make(text: str) -> Script:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+
+        def script(request: Request) -> list[Step]:
+            keep = ids[: request.sampling.max_tokens]
+            return [
+                chunk
+                for choice in range(request.sampling.n)
+                for chunk in chunks(request, keep, choice=choice)
+            ]
+
+        return script
+
+    return make
+
+
+@pytest.fixture
+def backend(model: ServedModel, say: Callable[[str], Script]) -> FakeBackend:
+    return FakeBackend(say("Hello world"), (model,))
+
+
+@pytest.fixture
+def settings() -> GatewaySettings:
+    return GatewaySettings()
+
+
+@pytest.fixture
+def limits() -> Limits:
+    return Limits()
+
+
+@pytest.fixture
+def context(
+    backend: FakeBackend, pool: TokenizerPool, settings: GatewaySettings, limits: Limits
+) -> Context:
+    metrics = GatewayMetrics(CollectorRegistry())
+    return Context(backend, pool, settings, metrics, limits)
+
+
+@pytest.fixture
+def app(context: Context) -> FastAPI:
+    return create_app(context)
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        yield client
+
+
+@pytest.fixture
+async def server(app: FastAPI) -> AsyncIterator[str]:
+    """The application behind a real uvicorn; gives "host:port"."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    uvicorn_server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    running = asyncio.create_task(uvicorn_server._serve([listener]))
+    while not uvicorn_server.started:
+        await asyncio.sleep(0.01)
+    host, port = listener.getsockname()
+    yield f"{host}:{port}"
+    uvicorn_server.should_exit = True
+    await running

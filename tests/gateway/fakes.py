@@ -1,0 +1,160 @@
+"""A backend that plays scripts instead of talking to workers."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from baton.errors import BatonError
+from baton.gateway.backend import (
+    ClusterView,
+    LinkView,
+    PrefillPath,
+    RequestReport,
+    ServedModel,
+    WorkerState,
+    WorkerView,
+)
+from baton.types import (
+    FinishReason,
+    LegId,
+    Logprobs,
+    Request,
+    Role,
+    TokenChunk,
+    TransferStats,
+    WorkerSnapshot,
+)
+
+Step = TokenChunk | BatonError | asyncio.Event
+Script = Callable[[Request], Sequence[Step]]
+
+REPORT = RequestReport(
+    path=PrefillPath.REMOTE,
+    prefill_worker="p0",
+    decode_worker="d0",
+    num_cached_tokens=2,
+    num_attempts=2,
+    queue_ms=0.01,
+    prefill_ms=0.02,
+    transfers=(TransferStats("grpc", num_bytes=4096, num_tokens=3, duration_ms=1.5),),
+)
+
+
+class FakeStream:
+    """Plays its steps: gives chunks, raises errors, waits for events; ends when aborted."""
+
+    def __init__(self, request: Request, steps: Sequence[Step]) -> None:
+        self.request = request
+        self.finished_choices: list[int] = []
+        self.aborted = asyncio.Event()
+        self.report = REPORT
+        self._steps = deque(steps)
+
+    def __aiter__(self) -> "FakeStream":
+        return self
+
+    async def __anext__(self) -> TokenChunk:
+        while self._steps and not self.aborted.is_set():
+            step = self._steps[0]
+            if isinstance(step, asyncio.Event):
+                await self._either(step)
+            if self.aborted.is_set():
+                break
+            self._steps.popleft()
+            if isinstance(step, BatonError):
+                raise step
+            if isinstance(step, TokenChunk) and step.choice not in self.finished_choices:
+                return step
+        raise StopAsyncIteration
+
+    async def _either(self, event: asyncio.Event) -> None:
+        waits = [asyncio.create_task(e.wait()) for e in (event, self.aborted)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    def finish_choice(self, choice: int) -> None:
+        self.finished_choices.append(choice)
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+
+@dataclass
+class FakeBackend:
+    """`script` decides what each request gets."""
+
+    script: Script
+    served: tuple[ServedModel, ...]
+    is_ready: bool = True
+    refuse: BatonError | None = None
+    streams: list[FakeStream] = field(default_factory=list)
+
+    def models(self) -> tuple[ServedModel, ...]:
+        return self.served
+
+    def ready(self) -> bool:
+        return self.is_ready
+
+    def topology(self) -> ClusterView:
+        load = WorkerSnapshot(Role.PREFILL, num_running=1, free_blocks=7, total_blocks=9)
+        worker = WorkerView(
+            worker_id="p0",
+            role=Role.PREFILL,
+            state=WorkerState.UP,
+            model=self.served[0].name if self.served else "",
+            pid=42,
+            address="127.0.0.1:9000",
+            host_id="h",
+            device="cpu",
+            block_size=16,
+            snapshot=load,
+        )
+        other = replace(worker, worker_id="d0", role=Role.DECODE)
+        link = LinkView("p0", "d0", "grpc", num_transfers=1, num_bytes=4096, bytes_per_s=1e6)
+        return ClusterView((worker, other), (link,))
+
+    def open(self, request: Request) -> FakeStream:
+        if self.refuse is not None:
+            raise self.refuse
+        self.streams.append(FakeStream(request, self.script(request)))
+        return self.streams[-1]
+
+    @property
+    def request(self) -> Request:
+        return self.streams[-1].request
+
+
+def chunks(
+    request: Request,
+    token_ids: Sequence[int],
+    *,
+    choice: int = 0,
+    finish: FinishReason | None = FinishReason.LENGTH,
+    stop_token_id: int | None = None,
+    per_chunk: int = 1,
+) -> list[TokenChunk]:
+    """`token_ids` as one choice's chunks; with logprobs where the request asks for them."""
+    leg = LegId(request.request_id, 1)
+    result = []
+    for start in range(0, len(token_ids), per_chunk):
+        ids = tuple(token_ids[start : start + per_chunk])
+        last = start + per_chunk >= len(token_ids)
+        logprobs: tuple[Logprobs, ...] = ()
+        if request.sampling.logprobs is not None:
+            logprobs = tuple(Logprobs(-0.5, 1, ((i, -0.5), (i + 1, -1.5))) for i in ids)
+        result.append(
+            TokenChunk(
+                leg,
+                choice,
+                start,
+                ids,
+                logprobs,
+                finish if last else None,
+                stop_token_id if last else None,
+            )
+        )
+    return result

@@ -1,0 +1,194 @@
+"""What is refused before it is parsed, and JSON that is not quite JSON."""
+
+import contextlib
+import json
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from baton.config import GatewaySettings
+from baton.errors import InvalidRequest
+from baton.gateway.body import parse_json
+from baton.gateway.limits import Keys, Limits
+from baton.gateway.openai import ChatCompletionRequest, CompletionRequest
+from tests.gateway.fakes import FakeBackend
+from tests.gateway.test_errors import CHAT, COMPLETIONS, error_of
+
+JSON = {"Content-Type": "application/json"}
+GOOD = json.dumps({"prompt": "Hi"}).encode()
+
+
+@pytest.fixture
+def limits() -> Limits:
+    return Limits(max_body_bytes=2000, max_header_bytes=1000, max_headers=20, max_json_depth=8)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"", "empty"),
+        (b"{", "not JSON"),
+        (b"nope", "not JSON"),
+        (b"\xef\xbb\xbf{}", "not JSON"),
+        (b'{"prompt": "\xff"}', "not UTF-8"),
+        ('{"prompt": "Hi"}'.encode("utf-16"), "not UTF-8"),
+        (b'{"prompt": "\\ud800"}', "surrogate"),
+        (b'{"prompt": ["\\ud83d"]}', "surrogate"),
+        (b'{"\\udfff": 1}', "surrogate"),
+        (b'{"temperature": NaN}', "NaN"),
+        (b'{"temperature": -Infinity}', "Infinity"),
+        (b'{"max_tokens": ' + b"9" * 5000 + b"}", "digits"),
+        (b'{"prompt": "a", "prompt": "b"}', "twice"),
+        (b'{"a": ' + b"[" * 9 + b"]" * 9 + b"}", "deeper"),
+        (b"[" * 1500, "deeper"),
+        (b'{"a":' * 300, "deeper"),
+        (b"[]", "body"),
+        (b'"text"', "body"),
+        (b"null", "body"),
+        (b"1e999", "body"),
+    ],
+)
+@pytest.mark.parametrize("url", [COMPLETIONS, CHAT])
+async def test_bodies(
+    client: httpx.AsyncClient, url: str, body: bytes, says: str, limits: Limits
+) -> None:
+    if len(body) > limits.max_body_bytes:
+        with pytest.raises(InvalidRequest, match=says):
+            parse_json(body, limits.max_json_depth)
+        return
+    response = await client.post(url, content=body, headers=JSON)
+    assert says in error_of(response, 400)["message"]
+
+
+def test_brackets_in_strings_are_not_depth() -> None:
+    value = {"a": "[" * 100, "b": '\\"[[[[[[[[[[', "c\\": ["{" * 50]}
+    assert parse_json(json.dumps(value).encode(), 3) == value
+
+
+def test_surrogate_pairs_are_characters() -> None:
+    assert parse_json(b'{"a": "\\ud83d\\ude00"}', 3) == {"a": "\U0001f600"}
+
+
+_SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+_JSON = st.recursive(
+    _SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(_JSON)
+def test_strict_parsing_agrees_with_the_standard_parser(value: Any) -> None:
+    text = json.dumps(value)
+    if "NaN" in text or "Infinity" in text or "\\ud" in text:
+        with contextlib.suppress(InvalidRequest):
+            assert json.dumps(parse_json(text.encode(), 64)) == text
+    else:
+        assert json.dumps(parse_json(text.encode(), 64)) == text
+
+
+_NAMES = tuple(CompletionRequest.model_fields.keys() | ChatCompletionRequest.model_fields.keys())
+_ALL_NAMES = (*sorted(_NAMES), "logit_bias", "response_format", "tools")
+
+
+@given(st.dictionaries(st.sampled_from(_ALL_NAMES), _JSON), st.sampled_from([COMPLETIONS, CHAT]))
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_no_json_makes_a_500(
+    client: httpx.AsyncClient, fields: dict[str, Any], url: str
+) -> None:
+    good = {"prompt": "Hi"} if url == COMPLETIONS else {"messages": [{"role": "u", "content": ""}]}
+    body = json.dumps({**good, **fields}).encode()
+    response = await client.post(url, content=body, headers=JSON)
+    assert response.status_code in (200, 400, 404, 413), response.text
+    if response.status_code != 200:
+        error_of(response, response.status_code)
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_no_bytes_make_a_500(client: httpx.AsyncClient, body: bytes) -> None:
+    response = await client.post(COMPLETIONS, content=body, headers=JSON)
+    error_of(response, 400)
+
+
+async def test_a_declared_length_is_refused_without_reading(
+    client: httpx.AsyncClient, backend: FakeBackend
+) -> None:
+    async def never() -> Any:
+        raise AssertionError("the body was read")
+        yield b""
+
+    headers = {**JSON, "Content-Length": str(10 * 2**30)}
+    response = await client.post(COMPLETIONS, content=never(), headers=headers)
+    assert error_of(response, 413)["code"] == "body_too_large"
+    assert response.headers["connection"] == "close"
+
+
+async def test_a_body_is_counted_while_it_is_read(client: httpx.AsyncClient) -> None:
+    async def endless() -> Any:
+        yield b'{"prompt": "'
+        while True:
+            yield b"x" * 500
+
+    response = await client.post(COMPLETIONS, content=endless(), headers=JSON)
+    assert error_of(response, 413)["code"] == "body_too_large"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, 415),
+        ({"Content-Type": ""}, 415),
+        ({"Content-Type": "application/json; charset=latin-1"}, 415),
+        ({**JSON, "Content-Encoding": "gzip"}, 415),
+        ({"Content-Type": 'Application/JSON; charset="UTF-8"'}, 200),
+        ({**JSON, "X-Long": "x" * 1000}, 431),
+        ({**JSON, **{f"X-{i}": "1" for i in range(20)}}, 431),
+        ({**JSON, "Transfer-Encoding": "chunked", "Content-Length": "5"}, 400),
+    ],
+)
+async def test_headers(client: httpx.AsyncClient, headers: dict[str, str], status: int) -> None:
+    response = await client.post(COMPLETIONS, content=GOOD, headers=headers)
+    if status == 200:
+        assert response.status_code == 200
+    else:
+        error_of(response, status)
+        assert response.headers["x-request-id"]
+
+
+class TestKeys:
+    @pytest.fixture
+    def settings(self) -> GatewaySettings:
+        return GatewaySettings.model_validate({"api_key": "old-key,néw-key"})
+
+    @pytest.mark.parametrize(
+        "value", [None, "", "Bearer", "Bearer ", "Bearer nope", "Basic old-key", "old-key"]
+    )
+    @pytest.mark.parametrize("url", [COMPLETIONS, "/v1/models", "/v1/cluster", "/nope"])
+    async def test_refused_before_validation(
+        self, client: httpx.AsyncClient, url: str, value: str | None
+    ) -> None:
+        headers = {} if value is None else {"Authorization": value}
+        response = await client.post(url, content=b"not json", headers={**JSON, **headers})
+        error = error_of(response, 401)
+        assert error["code"] == "invalid_api_key"
+        assert response.headers["www-authenticate"] == "Bearer"
+
+    @pytest.mark.parametrize("key", ["old-key", "néw-key"])
+    async def test_several_keys_are_valid(self, client: httpx.AsyncClient, key: str) -> None:
+        headers = {b"Authorization": b"Bearer " + key.encode()}
+        response = await client.post(COMPLETIONS, json={"prompt": "Hi"}, headers=headers)
+        assert response.status_code == 200
+
+    async def test_probes_need_no_key(self, client: httpx.AsyncClient) -> None:
+        for url in ("/health", "/ping", "/version", "/metrics", "/docs", "/openapi.json"):
+            assert (await client.get(url)).status_code == 200, url
+
+
+def test_without_keys_everything_is_open() -> None:
+    assert Keys(()).accept(None)
+    assert not Keys(("k",)).accept(None)

@@ -1,0 +1,102 @@
+"""Everything that is not a generation: health, models, topology, metrics, documents."""
+
+import subprocess
+import sys
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import baton
+from baton.telemetry import PHASES
+from tests.gateway.fakes import FakeBackend
+from tests.gateway.test_errors import COMPLETIONS, error_of
+
+
+def samples(text: str) -> dict[tuple[str, ...], float]:
+    """(name, label values…) → value."""
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+@pytest.mark.parametrize("url", ["/health", "/ping"])
+async def test_health_follows_the_backend(
+    client: httpx.AsyncClient, backend: FakeBackend, url: str
+) -> None:
+    response = await client.get(url)
+    assert (response.status_code, response.content) == (200, b"")
+    backend.is_ready = False
+    response = await client.get(url)
+    error_of(response, 503)
+    assert response.headers["retry-after"]
+
+
+async def test_models(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    body = (await client.get("/v1/models")).json()
+    (entry,) = body["data"]
+    assert body["object"] == "list"
+    assert (entry["id"], entry["object"], entry["max_model_len"]) == ("tiny", "model", 256)
+    backend.served = ()
+    assert (await client.get("/v1/models")).json()["data"] == []
+
+
+async def test_version_and_documents(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/version")).json() == {"version": baton.__version__}
+    assert (await client.get("/docs")).status_code == 200
+    document = (await client.get("/openapi.json")).json()
+    fields = document["components"]["schemas"]["CompletionRequest"]["properties"]
+    assert fields.keys() >= {"prompt", "max_tokens", "stop", "cache_salt"}
+    assert COMPLETIONS in document["paths"]
+
+
+async def test_cluster(client: httpx.AsyncClient) -> None:
+    body = (await client.get("/v1/cluster")).json()
+    assert body["ready"] is True
+    assert body["models"] == ["tiny"]
+    worker = body["workers"][0]
+    assert worker["kv_blocks"] == {"free": 7, "total": 9, "quarantined": 0}
+    assert worker["load"]["running"] == 1
+    expected = {"worker_id": "p0", "role": "prefill", "state": "up", "pid": 42, "device": "cpu"}
+    assert worker.items() >= expected.items()
+    (link,) = body["links"]
+    assert (link["source"], link["target"], link["transport"]) == ("p0", "d0", "grpc")
+    assert (link["num_bytes"], link["bytes_per_s"]) == (4096, 1e6)
+
+
+async def test_metrics(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    answer = (await client.post(COMPLETIONS, json={"prompt": "Hi"})).json()
+    await client.post(COMPLETIONS, json={"prompt": "Hi", "stream": True})
+    await client.post(COMPLETIONS, json={"prompt": ""})
+    found = samples((await client.get("/metrics")).text)
+    usage = answer["usage"]
+    assert found["baton_requests_total", COMPLETIONS, "ok"] == 2
+    assert found["baton_requests_total", COMPLETIONS, "invalid_request"] == 1
+    assert found["baton_requests_open",] == 0
+    assert found["baton_prompt_tokens_total",] == 2 * usage["prompt_tokens"]
+    assert found["baton_generation_tokens_total",] == 2 * usage["completion_tokens"]
+    assert found["baton_cached_prompt_tokens_total",] == 4
+    assert found["baton_remote_prefills_total",] == 2
+    assert found["baton_kv_transfer_bytes_total", "grpc"] == 8192
+    assert found["baton_kv_transfer_seconds_count", "grpc"] == 2
+    assert found["baton_inter_token_latency_seconds_count",] == 2 * usage["completion_tokens"] - 2
+    assert found["baton_time_per_output_token_seconds_count",] == 2
+    assert found["baton_e2e_request_latency_seconds_count",] == 2
+    assert found["baton_fleet_kv_blocks", "free"] == 14
+    assert found["baton_fleet_sequences", "running"] == 2
+    assert found["baton_workers", "prefill"] == found["baton_workers", "decode"] == 1
+    assert found["baton_time_to_first_token_seconds_count",] == 2
+    parts = sum(found["baton_ttft_phase_seconds_sum", phase] for phase in PHASES)
+    assert parts == pytest.approx(found["baton_time_to_first_token_seconds_sum",])
+    assert found["baton_ttft_phase_seconds_sum", "prefill"] == pytest.approx(2 * 0.02e-3)
+
+
+def test_the_gateway_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, baton.gateway.app, baton.gateway.server;"
+        "print([m for m in ('torch', 'transformers', 'triton', 'ucxx') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
