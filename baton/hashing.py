@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from baton.types import HASH_TOKENS, BlockHash
 
 _ROOT = b"baton-kv-1"
+_RUN = struct.Struct(f"<{HASH_TOKENS}I")
 
 
 def root_hash(fingerprint: bytes, salt: bytes) -> BlockHash:
@@ -18,13 +19,17 @@ def root_hash(fingerprint: bytes, salt: bytes) -> BlockHash:
     return BlockHash(hashlib.sha256(_ROOT + fingerprint + salt).digest())
 
 
+def next_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
+    """Hᵢ from Hᵢ₋₁ and the next HASH_TOKENS ids."""
+    return BlockHash(hashlib.sha256(parent + _RUN.pack(*token_ids)).digest())
+
+
 def extend_hashes(hashes: list[BlockHash], root: BlockHash, token_ids: Sequence[int]) -> None:
     """Append the hashes of every full run of HASH_TOKENS in `token_ids` that `hashes` lacks, in
     place."""
     parent = hashes[-1] if hashes else root
     for start in range(len(hashes) * HASH_TOKENS, len(token_ids) - HASH_TOKENS + 1, HASH_TOKENS):
-        ids = token_ids[start : start + HASH_TOKENS]
-        parent = BlockHash(hashlib.sha256(parent + struct.pack(f"<{HASH_TOKENS}I", *ids)).digest())
+        parent = next_hash(parent, token_ids[start : start + HASH_TOKENS])
         hashes.append(parent)
 
 

@@ -29,7 +29,9 @@ class ScheduledRow:
 
     After the step their KV is in slots block_ids[i // block_size] * block_size + i % block_size.
     `samples` is empty while more of the prompt (or of committed output) is to come; it holds one
-    entry per choice when a prefill ends.
+    entry per choice when a prefill ends. `row_id` stays the same for the life of a sequence.
+    Sequences in here may be the scheduler's own lists: read them before `run` returns, never keep
+    them.
     """
 
     row_id: int
@@ -46,7 +48,7 @@ class ScheduledRow:
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One step. `copies` (source block, target block) are done before anything is computed (copy on
-    write)."""
+    write); targets are distinct and no target is a source."""
 
     rows: tuple[ScheduledRow, ...]
     copies: tuple[tuple[BlockId, BlockId], ...] = ()

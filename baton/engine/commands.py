@@ -37,7 +37,8 @@ class AddDecode:
     """Pin this worker's own prefix hit, reserve the rest of the prompt and one growth block per
     open choice.
 
-    Answered at once (at the end of the step in which it is applied) by KVReserved or NoRoom.
+    Answered at once (at the end of the step in which it is applied) by KVReserved, LegRefused (no
+    room now) or LegFailed (can never fit).
     """
 
     leg: LegId
@@ -72,7 +73,9 @@ class KVFailed:
 
 @dataclass(frozen=True, slots=True)
 class ComputeHere:
-    """A leg that waits for KV computes what is missing itself, keeping its verified prefix."""
+    """A leg that waits for KV computes what is missing itself, keeping its verified prefix.
+
+    Its writer has stopped: KVFailed comes first unless nothing was ever written."""
 
     leg: LegId
 
@@ -113,7 +116,8 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Quiesced:
-    """Whoever was reading or writing this leg's quarantined blocks has stopped."""
+    """Whoever was reading or writing this leg's quarantined blocks has stopped. Nothing else lifts
+    a quarantine; without one it is ignored."""
 
     leg: LegId
 

@@ -1,0 +1,128 @@
+"""A runner without a model: an engine, a gateway bench or a simulation at full speed, no torch.
+
+Its KV pool holds one integer per slot: a hash of the token chain up to that position. A sampled
+token is a function of *every* slot value in the row's context, so KV that is missing, stale,
+someone else's or in the wrong place becomes a wrong token, which `NullModel.generate`, the oracle
+that knows no blocks, shows.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from baton.engine.batch import Batch, Sampled, SampleRequest, ScheduledRow
+from baton.engine.stopping import check_stop
+from baton.types import BlockId, Logprobs, SamplingParams
+
+_MASK = (1 << 61) - 1  # a prime: Python hashes integers below it to themselves
+_START = 0x5EED
+_EMPTY = -2  # a slot that nobody has written
+
+
+def _mix(a: int, b: int) -> int:
+    return ((a ^ (b + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9 + (a >> 29)) & _MASK
+
+
+@dataclass(frozen=True, slots=True)
+class NullModel:
+    """What the next token is: a fixed function of the chain, the seed (unless greedy) and the
+    position. EOS comes with probability `eos_rate`."""
+
+    vocab_size: int = 1000
+    eos_token_ids: tuple[int, ...] = ()
+    eos_rate: float = 0.0
+
+    def chain(self, value: int | None, token_ids: Iterable[int]) -> list[int]:
+        """Slot values of `token_ids`, which follow the slot value `value` (None = nothing)."""
+        value, values = _START if value is None else value, []
+        for token_id in token_ids:
+            value = _mix(value, token_id)
+            values.append(value)
+        return values
+
+    def sample(self, context: Sequence[int], request: SampleRequest) -> Sampled:
+        """`context`: the slot values of all tokens so far, in order."""
+        params = request.params
+        noise = request.seed if params.temperature > 0 else 0
+        draw = _mix(_mix(hash(tuple(context)) & _MASK, noise), request.position)
+        token_id = self._token(draw)
+        if len(request.output_token_ids) < params.min_tokens:
+            while token_id in self.eos_token_ids or token_id in params.stop_token_ids:
+                token_id = (token_id + 1) % self.vocab_size
+        if params.logprobs is None:
+            return Sampled(token_id)
+        top = tuple((token_id, -1.0 - rank) for rank in range(params.logprobs))
+        return Sampled(token_id, Logprobs(-1.0, 1, top))
+
+    def _token(self, draw: int) -> int:
+        if self.eos_token_ids and draw % 10_000 < self.eos_rate * 10_000:
+            return self.eos_token_ids[draw % len(self.eos_token_ids)]
+        return (draw >> 20) % self.vocab_size
+
+    def generate(
+        self,
+        prompt_token_ids: tuple[int, ...],
+        params: SamplingParams,
+        choice: int = 0,
+        max_model_len: int = 1 << 30,
+    ) -> tuple[int, ...]:
+        """The tokens that any correct engine produces for one choice."""
+        seed = 0 if params.seed is None else params.choice_seed(choice)
+        output: list[int] = []
+        context = self.chain(None, prompt_token_ids)
+        while True:
+            position = len(context)
+            request = SampleRequest(choice, seed, position, params, prompt_token_ids, output)
+            token_id = self.sample(context, request).token_id
+            output.append(token_id)
+            length = len(prompt_token_ids) + len(output)
+            eos = self.eos_token_ids
+            if check_stop(params, eos, token_id, len(output), length, max_model_len)[0]:
+                return tuple(output)
+            context += self.chain(context[-1], (token_id,))
+
+
+class NullRunner:
+    """A `Runner` over a pool of integers."""
+
+    def __init__(self, num_blocks: int, block_size: int, model: NullModel | None = None) -> None:
+        self.model = model or NullModel()
+        self.block_size = block_size
+        self.num_tokens_computed = 0
+        self._slots = [_EMPTY] * (num_blocks * block_size)
+
+    def run(self, batch: Batch) -> dict[int, tuple[Sampled, ...]]:
+        size = self.block_size
+        copied = [self._slots[source * size : (source + 1) * size] for source, _ in batch.copies]
+        for (_, target), values in zip(batch.copies, copied, strict=True):
+            self._slots[target * size : (target + 1) * size] = values
+        for row in batch.rows:
+            last = self.export_kv(row.block_ids, row.start - 1, row.start) if row.start else [None]
+            values = self.model.chain(last[0], row.token_ids)
+            self.import_kv(row.block_ids, row.start, values)
+        self.num_tokens_computed += batch.num_tokens
+        return {row.row_id: self._sample(row) for row in batch.rows if row.samples}
+
+    def _sample(self, row: ScheduledRow) -> tuple[Sampled, ...]:
+        context = self.export_kv(row.block_ids, 0, row.num_context_tokens)
+        return tuple(self.model.sample(context, request) for request in row.samples)
+
+    def export_kv(self, block_ids: Sequence[BlockId], start: int, stop: int) -> list[int]:
+        """The "KV" of tokens [start, stop) of a sequence with these blocks."""
+        values: list[int] = []
+        size = self.block_size
+        for index in range(start // size, -(-stop // size)):
+            base = block_ids[index] * size
+            low, high = max(start - index * size, 0), min(stop - index * size, size)
+            values += self._slots[base + low : base + high]
+        return values
+
+    def import_kv(self, block_ids: Sequence[BlockId], start: int, values: Sequence[int]) -> None:
+        """Write the "KV" of tokens [start, start + len(values))."""
+        size = self.block_size
+        done = 0
+        while done < len(values):
+            index, offset = divmod(start + done, size)
+            num = min(size - offset, len(values) - done)
+            base = block_ids[index] * size + offset
+            self._slots[base : base + num] = values[done : done + num]
+            done += num

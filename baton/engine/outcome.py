@@ -1,0 +1,62 @@
+"""What a step's results mean for the sequences that were in it."""
+
+from collections.abc import Mapping
+
+from baton.engine.batch import Sampled, ScheduledRow
+from baton.engine.legs import Legs
+from baton.engine.report import Report
+from baton.engine.scheduler import Scheduler, Step
+from baton.engine.sequence import Leg, LegKind, Sequence, SequenceStatus
+from baton.errors import Cause
+
+
+class Outcome:
+    """Applies a step's results, in the order of its rows."""
+
+    def __init__(self, scheduler: Scheduler, legs: Legs, report: Report) -> None:
+        self._scheduler = scheduler
+        self._legs = legs
+        self._report = report
+
+    def apply(self, step: Step, sampled: Mapping[int, tuple[Sampled, ...]]) -> None:
+        for seq, row in zip(step.seqs, step.rows, strict=True):
+            if seq.status is not SequenceStatus.RUNNING:
+                continue  # a sibling took its leg down, earlier in this loop
+            results = sampled.get(row.row_id, ())
+            if any(result.token_id < 0 for result in results):
+                self._legs.poison(seq.leg)
+                self._legs.fail(seq.leg, Cause.NON_FINITE_LOGITS, "the logits were not finite")
+                continue
+            seq.num_computed_tokens = row.num_context_tokens
+            self._scheduler.admission.publish(seq)
+            self._report.computed(seq, row.start)
+            if seq.num_uncomputed_tokens == 0:
+                self._complete(seq, row, results)
+
+    def fail(self, step: Step, detail: str) -> None:
+        """The runner raised: whoever was in the step is over."""
+        for seq in step.seqs:
+            if not seq.status.is_finished:
+                self._legs.fail(seq.leg, Cause.STEP_FAILED, detail)
+
+    def _complete(self, seq: Sequence, row: ScheduledRow, results: tuple[Sampled, ...]) -> None:
+        """Every known token of `seq` has its KV."""
+        leg = seq.leg
+        if not seq.is_trunk:
+            self._legs.append(seq, results[0].token_id, results[0].logprobs)
+            return
+        choices = [sample.choice for sample in row.samples]
+        if leg.kind is LegKind.PREFILL:
+            self._scheduler.leave(seq, SequenceStatus.HELD)
+            self._hand_over(leg, dict(zip(choices, results, strict=True)))
+        else:
+            pairs = zip(choices, results, strict=True)
+            self._legs.fork(leg, {choice: (r.token_id, r.logprobs) for choice, r in pairs})
+
+    def _hand_over(self, leg: Leg, results: Mapping[int, Sampled]) -> None:
+        """First tokens of a leg that is decoded elsewhere."""
+        for choice, result in results.items():
+            finish = self._legs.check_stop(leg, result.token_id, 1)
+            self._report.token(leg, choice, 0, result.token_id, result.logprobs, finish)
+            if finish[0] is not None:
+                leg.open_choices.discard(choice)

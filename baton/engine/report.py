@@ -1,0 +1,99 @@
+"""What one step has to tell: events are collected here, in order, by everybody who makes them."""
+
+from collections.abc import Callable
+
+from baton.engine.events import (
+    KVReserved,
+    LeaseEvicted,
+    LegAdmitted,
+    LegEvent,
+    LegFailed,
+    LegPinned,
+    LegPreempted,
+    LegRefused,
+    LegTokens,
+    PrefillProgress,
+)
+from baton.engine.sequence import Leg, LegKind, Sequence
+from baton.errors import Cause
+from baton.types import BlockId, FinishReason, KVRange, LegId, Logprobs, TokenChunk
+
+OnKVReady = Callable[[LegId, KVRange], None]
+
+
+class Report:
+    """The events since the previous StepOutput."""
+
+    def __init__(self, num_layers: int, on_kv_ready: OnKVReady | None) -> None:
+        self._num_layers = num_layers
+        self._on_kv_ready = on_kv_ready
+        self._events: list[LegEvent] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._events)
+
+    def take(self) -> tuple[LegEvent, ...]:
+        events = tuple(self._events)
+        self._events.clear()
+        return events
+
+    def admitted(self, seq: Sequence) -> None:
+        """Once per leg, though a preempted one is admitted again."""
+        leg = seq.leg
+        if not leg.is_admitted:
+            leg.is_admitted = True
+            leg.is_exposed = leg.kind is LegKind.PREFILL
+            num_prompt, num_cached = seq.num_prompt_tokens, seq.num_computed_tokens
+            blocks = tuple(seq.block_ids)
+            self._events.append(LegAdmitted(leg.leg_id, blocks, num_prompt, num_cached))
+
+    def reserved(self, leg: Leg, block_ids: list[BlockId], num_cached_tokens: int) -> None:
+        leg.is_admitted = leg.is_exposed = True
+        blocks = tuple(block_ids)
+        event = KVReserved(leg.leg_id, blocks, leg.num_prompt_tokens, num_cached_tokens)
+        self._events.append(event)
+
+    def refused(self, leg: LegId, num_free_blocks: int) -> None:
+        self._events.append(LegRefused(leg, num_free_blocks))
+
+    def failed(self, leg: LegId, cause: Cause, detail: str) -> None:
+        self._events.append(LegFailed(leg, cause, detail))
+
+    def preempted(self, leg: LegId) -> None:
+        self._events.append(LegPreempted(leg))
+
+    def pinned(self, leg: LegId) -> None:
+        self._events.append(LegPinned(leg))
+
+    def lease_evicted(self, leg: LegId) -> None:
+        self._events.append(LeaseEvicted(leg))
+
+    def computed(self, seq: Sequence, start: int) -> None:
+        """The KV of tokens [start, num_computed_tokens) is new in the pool."""
+        leg, num_prompt = seq.leg, seq.num_prompt_tokens
+        stop = min(seq.num_computed_tokens, num_prompt)
+        if start >= stop or leg.has_emitted or seq.output_token_ids:
+            return
+        self._events.append(PrefillProgress(leg.leg_id, stop))
+        if leg.kind is LegKind.PREFILL and self._on_kv_ready is not None:
+            self._on_kv_ready(leg.leg_id, KVRange(0, self._num_layers, start, stop))
+
+    def token(
+        self,
+        leg: Leg,
+        choice: int,
+        index: int,
+        token_id: int,
+        logprobs: Logprobs | None,
+        finish: tuple[FinishReason | None, int | None],
+    ) -> None:
+        leg.has_emitted = True
+        extra = () if logprobs is None else (logprobs,)
+        chunk = TokenChunk(leg.leg_id, choice, index, (token_id,), extra, *finish)
+        self._events.append(LegTokens(chunk))
+
+    def finished(self, leg: Leg, choice: int, index: int, reason: FinishReason) -> None:
+        """A choice that needs no more tokens than it came with."""
+        leg.has_emitted = True
+        chunk = TokenChunk(leg.leg_id, choice, index, (), (), reason)
+        self._events.append(LegTokens(chunk))

@@ -1,0 +1,302 @@
+"""Continuous batching: which tokens of which sequences make up the next step.
+
+    waiting ── blocks for all known tokens ──► running ──► finished, or held
+    ready ── has its blocks, lacks a seat ──►     │
+    waiting ◄── preempted, blocks gone ───────────┘
+
+A step has `max_num_seqs` seats and `max_num_batched_tokens` tokens. Sequences that decode come
+first, one token each; then prompts (and output to be recomputed) in chunks, then whoever waits, all
+in their order. A sequence that decodes and finds no block preempts the last one in that order.
+"""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field
+
+from baton.engine.admission import Admission
+from baton.engine.batch import Batch, SampleRequest, ScheduledRow
+from baton.engine.block_pool import BlockPool
+from baton.engine.config import EngineConfig
+from baton.engine.report import Report
+from baton.engine.sequence import Leg, LegKind, Order, Sequence, SequenceStatus
+from baton.types import BlockId, LegId
+
+
+@dataclass(slots=True)
+class Step:
+    """One step while it is put together; `rows[i]` belongs to `seqs[i]`."""
+
+    budget: int  # tokens left
+    rows: list[ScheduledRow] = field(default_factory=list)
+    seqs: list[Sequence] = field(default_factory=list)
+    copies: list[tuple[BlockId, BlockId]] = field(default_factory=list)
+    kept: list[BlockId] = field(default_factory=list)  # copy sources that nobody else owns
+    seq_ids: set[int] = field(default_factory=set)
+    num_decodes: int = 0
+    context_tokens: int = 0  # of the decodes
+    num_prefill_tokens: int = 0
+    num_cached_tokens: int = 0  # context that the prefill tokens find in the pool
+
+    def batch(self) -> Batch:
+        return Batch(tuple(self.rows), tuple(self.copies))
+
+
+class Scheduler:
+    """Owns the queues, each in the sequences' order, and decides who gets and who loses blocks."""
+
+    def __init__(self, config: EngineConfig, pool: BlockPool, report: Report) -> None:
+        self._config = config
+        self._pool = pool
+        self._report = report
+        self.admission = Admission(config, pool)
+        self.waiting: list[Sequence] = []  # without blocks
+        self.ready: list[Sequence] = []  # with blocks
+        self.running: list[Sequence] = []
+        self.waiting_for_kv: set[LegId] = set()
+        self.leases: set[LegId] = set()  # legs whose blocks somebody may fetch
+        self.num_waiting_tokens = 0
+
+    # ── queues ───────────────────────────────────────────────────────────────────────────────────
+
+    def enqueue(self, seq: Sequence) -> None:
+        """A new sequence, or one that comes back from a transfer, a fork or a preemption."""
+        if seq.block_ids:
+            seq.status = SequenceStatus.WAITING
+            insort(self.ready, seq, key=_order)
+        else:
+            insort(self.waiting, seq, key=_order)
+            self.num_waiting_tokens += seq.num_tokens
+
+    def park(self, seq: Sequence) -> None:
+        """Until its KV has come."""
+        seq.status = SequenceStatus.WAITING_FOR_KV
+        self.waiting_for_kv.add(seq.leg.leg_id)
+
+    def leave(self, seq: Sequence, status: SequenceStatus) -> None:
+        """Out of its queue; its blocks stay with it."""
+        if seq.status is SequenceStatus.RUNNING:
+            _remove(self.running, seq)
+        elif seq.status is SequenceStatus.WAITING and seq.block_ids:
+            _remove(self.ready, seq)
+        elif seq.status in (SequenceStatus.WAITING, SequenceStatus.PREEMPTED):
+            _remove(self.waiting, seq)
+            self.num_waiting_tokens -= seq.num_tokens
+        elif seq.status is SequenceStatus.WAITING_FOR_KV:
+            self.waiting_for_kv.remove(seq.leg.leg_id)
+        seq.status = status
+
+    def take_blocks(self, seq: Sequence) -> list[BlockId]:
+        """The references of `seq`, for the caller to release or to pass on."""
+        self._pool.cache.abandon(seq.block_ids[seq.num_published_blocks :], seq)
+        blocks = seq.block_ids + seq.reserve
+        seq.block_ids, seq.reserve = [], []
+        seq.num_computed_tokens = seq.num_published_blocks = 0
+        return blocks
+
+    @property
+    def has_sequences(self) -> bool:
+        return bool(self.running or self.ready or self.waiting)
+
+    def num_decoding(self) -> int:
+        """Sequences that will want another block before long."""
+        return sum(seq.is_decoding for seq in self.running)
+
+    # ── schedule ─────────────────────────────────────────────────────────────────────────────────
+
+    def schedule(self) -> Step:
+        step = Step(self._config.max_num_batched_tokens)
+        self._seat_ready()
+        for seq in self.running.copy():
+            if seq.status is SequenceStatus.RUNNING and seq.is_decoding:
+                self._schedule_decode(seq, step)
+        for seq in self.running.copy():
+            if seq.status is SequenceStatus.RUNNING and not seq.is_decoding:
+                self._schedule_chunk(seq, step)
+        while step.budget > 0 and self.waiting and self._has_seat():
+            seq = self.waiting[0]
+            if not self.admission.admit(seq, self.num_decoding()):
+                break
+            self._seat_admitted(seq)
+            self._schedule_chunk(seq, step)
+        return step
+
+    def _has_seat(self) -> bool:
+        return len(self.running) < self._config.max_num_seqs
+
+    def _seat_ready(self) -> None:
+        while self.ready and self._has_seat():
+            seq = self.ready.pop(0)
+            self._seat(seq)
+            self.admission.announce(seq, seq.num_published_blocks)
+
+    def _seat_admitted(self, seq: Sequence) -> None:
+        del self.waiting[0]
+        self.num_waiting_tokens -= seq.num_tokens
+        self._seat(seq)
+        self._report.admitted(seq)
+        if seq.leg.kind is LegKind.PREFILL:
+            self.leases.add(seq.leg.leg_id)
+
+    def _seat(self, seq: Sequence) -> None:
+        seq.status = SequenceStatus.RUNNING
+        insort(self.running, seq, key=_order)
+
+    def _schedule_decode(self, seq: Sequence, step: Step) -> None:
+        start = seq.num_computed_tokens
+        while not self._make_room(seq, start, start + 1, step):
+            victim = self._victim()
+            self._preempt(victim, step)
+            if victim is seq:
+                return
+        self._add_row(seq, start, start + 1, step)
+
+    def _schedule_chunk(self, seq: Sequence, step: Step) -> None:
+        seq = self._computer_for(seq)
+        if seq.seq_id in step.seq_ids or step.budget == 0:
+            return
+        start = seq.num_computed_tokens
+        stop = self._claim(seq, start, min(seq.num_tokens, start + step.budget))
+        if self._make_room(seq, start, stop, step):
+            self._add_row(seq, start, stop, step)
+        else:
+            # Only output that is recomputed can lack blocks here. Taking them from a sequence that
+            # is already part of this step is not possible, and waiting while holding is not safe.
+            self._preempt(seq, step)
+
+    def _computer_for(self, seq: Sequence) -> Sequence:
+        """`seq`, or whoever computes the block that it waits for: that one inherits its turn."""
+        cache, block_size = self._pool.cache, self._config.block_size
+        while True:
+            start = seq.num_computed_tokens
+            self.admission.skip_computed(seq)
+            self._report.computed(seq, start)
+            index = seq.num_computed_tokens // block_size
+            writer = cache.writer(seq.block_ids[index]) if index < len(seq.block_ids) else None
+            if writer is None or writer is seq:
+                return seq
+            seq = writer
+
+    def _claim(self, seq: Sequence, start: int, stop: int) -> int:
+        """Become the writer of the blocks under [start, stop) up to the first that another sequence
+        computes; where that one starts, or `stop`."""
+        block_size = self._config.block_size
+        for index in range(start // block_size, -(-stop // block_size)):
+            if index == len(seq.block_ids):
+                break
+            if not self._pool.cache.claim(seq.block_ids[index], seq):
+                return index * block_size
+        return stop
+
+    def _add_row(self, seq: Sequence, start: int, stop: int, step: Step) -> None:
+        if seq.is_decoding:
+            step.num_decodes += 1
+            step.context_tokens += stop
+        else:
+            step.num_prefill_tokens += stop - start
+            step.num_cached_tokens += start
+        samples = _samples(seq) if stop == seq.num_tokens else ()
+        token_ids = seq.tokens(start, stop)
+        step.rows.append(ScheduledRow(seq.seq_id, token_ids, start, seq.block_ids, samples))
+        step.seqs.append(seq)
+        step.seq_ids.add(seq.seq_id)
+        step.budget -= stop - start
+
+    # ── blocks ───────────────────────────────────────────────────────────────────────────────────
+
+    def _make_room(self, seq: Sequence, start: int, stop: int, step: Step) -> bool:
+        """Let tokens [start, stop) have slots that nobody else reads: append blocks, and copy the
+        first one if it is shared. False, and nothing done, when there are too few free blocks."""
+        first = start // self._config.block_size
+        copy = first < len(seq.block_ids) and not self._is_writable(seq.block_ids[first], seq)
+        missing = max(self._config.num_blocks_for(stop) - len(seq.block_ids), 0) + copy
+        if not missing:
+            return True
+        num_new = max(missing - len(seq.reserve), 0)
+        if num_new > self._pool.num_free:
+            return False
+        fresh = seq.reserve[:missing]
+        del seq.reserve[:missing]
+        fresh += self._pool.allocate(num_new, seq.block_ids[-1] if seq.block_ids else None)
+        if copy:
+            source, seq.block_ids[first] = seq.block_ids[first], fresh.pop()
+            step.copies.append((source, seq.block_ids[first]))
+            if self._pool.is_shared(source):
+                self._pool.release([source])
+            else:
+                step.kept.append(source)
+        seq.block_ids += fresh
+        return True
+
+    def _is_writable(self, block: BlockId, seq: Sequence) -> bool:
+        cache = self._pool.cache
+        if cache.is_pending(block):
+            return cache.writer(block) is seq
+        return not (self._pool.is_shared(block) or cache.is_ready(block))
+
+    def _victim(self) -> Sequence:
+        """The last in the order of those who hold blocks; never one that has a ticket."""
+        prefill = LegKind.PREFILL
+        running = next(seq for seq in reversed(self.running) if seq.leg.kind is not prefill)
+        if self.ready and self.ready[-1].order > running.order:
+            return self.ready[-1]
+        return running
+
+    def _preempt(self, seq: Sequence, step: Step) -> None:
+        self.leave(seq, SequenceStatus.PREEMPTED)
+        blocks = self.take_blocks(seq)
+        sources = {source for source, _ in step.copies}
+        kept = [block for block in blocks if block in sources]
+        self._pool.acquire(kept)  # until the copy is done
+        step.kept += kept
+        self._pool.release(blocks)
+        self.enqueue(seq)
+        self._report.preempted(seq.leg.leg_id)
+
+    def finish_copies(self, step: Step) -> None:
+        """The runner is done with this step, well or not."""
+        self._pool.release(step.kept)
+
+    def check_integrity(self, queued: set[int]) -> None:
+        """`queued`: ids of the sequences that should be in a queue.
+
+        Raises:
+            AssertionError: a sequence is in no queue, in two, or in the wrong one.
+        """
+        queues = (self.waiting, self.ready, self.running)
+        assert sorted(queued) == sorted(seq.seq_id for queue in queues for seq in queue)
+        for queue in queues:
+            assert [seq.order for seq in queue] == sorted(seq.order for seq in queue)
+        assert len(self.running) <= self._config.max_num_seqs
+        assert all(seq.status is SequenceStatus.RUNNING for seq in self.running)
+        assert all(not seq.block_ids and not seq.reserve for seq in self.waiting)
+        assert all(seq.block_ids for seq in self.ready + self.running)
+        assert self.num_waiting_tokens == sum(seq.num_tokens for seq in self.waiting)
+
+
+def _samples(seq: Sequence) -> tuple[SampleRequest, ...]:
+    """For the trunk of a leg: one per choice that has no token yet."""
+    leg, request = seq.leg, seq.leg.request
+    if not seq.is_trunk:
+        return (_sample(leg, seq.choice, seq.output_token_ids),)
+    prefill = leg.kind is LegKind.PREFILL
+    return tuple(
+        _sample(leg, choice, [])
+        for choice in sorted(leg.open_choices)
+        if prefill or not request.committed(choice)
+    )
+
+
+def _sample(leg: Leg, choice: int, output: list[int]) -> SampleRequest:
+    request = leg.request
+    prompt = request.prompt_token_ids
+    position = len(prompt) + len(output)
+    return SampleRequest(choice, leg.seed(choice), position, request.sampling, prompt, output)
+
+
+def _order(seq: Sequence) -> Order:
+    return seq.order
+
+
+def _remove(queue: list[Sequence], seq: Sequence) -> None:
+    index = bisect_left(queue, seq.order, key=_order)
+    assert queue[index] is seq, "a sequence is not where its status says"
+    del queue[index]
