@@ -114,25 +114,34 @@ def build_model(tokenizer: PreTrainedTokenizerFast, max_len: int) -> Qwen3ForCau
 
 
 def draw_batch(stream: TokenStream, batch: int, length: int, rng: torch.Generator) -> torch.Tensor:
-    """Returns [batch, length] int64: half of the rows open at a document, half anywhere."""
+    """Returns [batch, length] int64: about half of the rows open at a document, half anywhere."""
     last = len(stream.ids) - length
-    anywhere = torch.randint(last, (batch - batch // 2,), generator=rng)
-    picks = torch.randint(len(stream.starts), (batch // 2,), generator=rng)
-    begins = torch.cat([anywhere, stream.starts[picks].clamp(max=last)])
+    anywhere = torch.randint(last, (batch,), generator=rng)
+    at_document = stream.starts[torch.randint(len(stream.starts), (batch,), generator=rng)]
+    coin = torch.randint(2, (batch,), generator=rng).bool()
+    begins = torch.where(coin, anywhere, at_document.clamp(max=last))
     return torch.stack([stream.ids[begin : begin + length] for begin in begins.tolist()])
+
+
+def build_optimizers(model: Qwen3ForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al., 2024) for the layers' matrices, AdamW for embeddings and norm gains.
+
+    With the few tokens that a CPU can afford, AdamW alone stays far behind: its loss after 150
+    steps was 5.0 at the best setting tried, against 4.2 here, at the same time per step.
+    """
+    embedding = model.get_input_embeddings().weight
+    matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
+    gains = [p for p in model.parameters() if p.ndim < 2]
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW([embedding, *gains], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return [muon, adamw]
 
 
 def train(model: Qwen3ForCausalLM, stream: TokenStream, args: argparse.Namespace) -> None:
     rng = torch.Generator().manual_seed(args.seed)
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    gains = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}],
-        lr=args.lr,
-        betas=(0.9, 0.95),
-    )
+    optimizers = build_optimizers(model, args.lr)
     warmup = min(200, args.steps // 10)
-    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, args.steps)
+    schedules = [get_cosine_schedule_with_warmup(o, warmup, args.steps) for o in optimizers]
     # The last steps see full-length rows (as many tokens per step), or RoPE angles that occur only
     # in long prompts would be untrained.
     first_long_step = round(args.steps * (1 - args.long_share))
@@ -140,17 +149,17 @@ def train(model: Qwen3ForCausalLM, stream: TokenStream, args: argparse.Namespace
     with tqdm(total=args.steps * args.batch_tokens, unit="tok", unit_scale=True) as bar:
         for step in range(args.steps):
             length = args.max_len if step >= first_long_step else args.context
-            batch = draw_batch(stream, max(2, args.batch_tokens // length), length, rng)
-            with torch.autocast("cpu", torch.bfloat16, enabled=not args.fp32):
+            batch = draw_batch(stream, max(1, args.batch_tokens // length), length, rng)
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
                 loss = model(input_ids=batch, labels=batch, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
+            for update in (*optimizers, *schedules):
+                update.step()
+            model.zero_grad(set_to_none=True)
             smooth_loss += 0.05 * (loss.item() - smooth_loss)
-            bar.update(args.batch_tokens)
-            bar.set_postfix(step=step + 1, loss=f"{smooth_loss:.3f}")
+            bar.set_postfix(step=step + 1, loss=f"{smooth_loss:.3f}", refresh=False)
+            bar.update(batch.numel())
 
 
 @torch.inference_mode()
@@ -186,7 +195,10 @@ def samples(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def shown_arguments(args: argparse.Namespace) -> str:
-    return " ".join(f"--{k.replace('_', '-')} {v}" for k, v in vars(args).items() if k != "output")
+    """Returns the command line that repeats this run."""
+    values = {key.replace("_", "-"): value for key, value in vars(args).items() if key != "output"}
+    switch = "--bf16" if values.pop("bf16") else "--no-bf16"
+    return " ".join([*(f"--{key} {value}" for key, value in values.items()), switch])
 
 
 def save(
@@ -197,6 +209,7 @@ def save(
 ) -> None:
     """Writes the bf16 checkpoint, reads it back, and describes in the card what was read back."""
     model.to(torch.bfloat16).save_pretrained(args.output)
+    (args.output / "model.safetensors").chmod(0o644)  # written as a private file
     tokenizer.save_pretrained(args.output, save_jinja_files=False)
     saved = Qwen3ForCausalLM.from_pretrained(args.output, dtype=torch.bfloat16).eval()
     training, held_out = streams
@@ -226,15 +239,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     default_output = Path(__file__).parents[1] / "baton" / "demo_model"
     parser.add_argument("--output", type=Path, default=default_output, help="checkpoint directory")
-    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps")
-    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens per step")
+    parser.add_argument("--steps", type=int, default=2400, help="optimizer steps")
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens per step")
     parser.add_argument("--context", type=int, default=256, help="row length in tokens")
     parser.add_argument("--max-len", type=int, default=2048, help="longest sequence in tokens")
     parser.add_argument("--long-share", type=float, default=0.1, help="share of --max-len steps")
     parser.add_argument("--vocab-size", type=int, default=2048, help="number of tokens")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="seed of data order and weights")
-    parser.add_argument("--fp32", action="store_true", help="no bf16 autocast")
+    parser.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, default=True, help="bf16 autocast"
+    )
     return parser.parse_args()
 
 
