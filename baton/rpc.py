@@ -195,7 +195,7 @@ def connect(address: str, token: ClusterToken) -> Connection:
 
 
 async def is_serving(address: str, timeout_s: float = 5.0) -> bool:
-    """What the standard health service of the worker at host:port answers; False if nothing does."""
+    """What the health service of the worker at host:port answers; False if nothing does."""
     async with grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
