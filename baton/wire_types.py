@@ -38,7 +38,11 @@ from baton.wire_checks import (
 )
 
 _DTYPES = frozenset(("bfloat16", "float16", "float32"))
-_ROLES = {pb.ROLE_PREFILL: Role.PREFILL, pb.ROLE_DECODE: Role.DECODE, pb.ROLE_BOTH: Role.BOTH}
+_ROLES: dict[pb.Role, Role] = {
+    pb.ROLE_PREFILL: Role.PREFILL,
+    pb.ROLE_DECODE: Role.DECODE,
+    pb.ROLE_BOTH: Role.BOTH,
+}
 _ROLES_PB = {role: number for number, role in _ROLES.items()}
 
 
@@ -194,7 +198,7 @@ def layout_to_pb(layout: KVLayout) -> pb.KVLayout:
     message = pb.KVLayout(block_size=layout.block_size, tp_size=layout.tp_size)
     for group in layout.groups:
         message.groups.add(
-            kind=int(group.kind),  # type: ignore[arg-type]
+            kind=int(group.kind),
             num_layers=group.num_layers,
             num_kv_heads=group.num_kv_heads,
             head_dim=group.head_dim,
@@ -323,7 +327,7 @@ def transport_from_pb(message: pb.TransportAddress) -> TransportAddress:
     )
 
 
-def role_from_pb(number: int) -> Role:
+def role_from_pb(number: pb.Role) -> Role:
     try:
         return _ROLES[number]
     except KeyError:

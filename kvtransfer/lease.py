@@ -268,8 +268,8 @@ class LeaseTable:
                     effects.append(_cut(attachment, Cause.TRANSFER_STALLED, "no progress"))
             idle = not lease.attachments and not lease.pending
             if idle and lease.ticket.expires_at_ms <= now_ms:
-                effects.append(LeaseEnded(lease.leg, Cause.TICKET_EXPIRED))
                 effects += self.release(lease.leg)
+                effects.append(LeaseEnded(lease.leg, Cause.TICKET_EXPIRED))
         return effects
 
     # ── transitions ──────────────────────────────────────────────────────────────────────────────
