@@ -71,6 +71,15 @@ class ModelSettings(_Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
 
+    @property
+    def model_source(self) -> str:
+        """Directory or hub id of the weights; without `model`, the bundled demo."""
+        return self.model or str(Path(__file__).parent / "demo_model")
+
+    @property
+    def tokenizer_source(self) -> str:
+        return self.tokenizer or self.model_source
+
 
 class EngineSettings(_Section):
     """Engine and KV cache"""

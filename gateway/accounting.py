@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baton.errors import BatonError, Cause
@@ -43,7 +43,7 @@ class RequestRecord:
         self._first_byte_s: float | None = None
         self._num_prompt_tokens = 0
         self._choices: dict[int, _ChoiceTimes] = {}
-        self._phases_ms: Mapping[str, float] = {}
+        self._phases_ms: dict[str, float] = {}
         self._closed = False
         metrics.requests_open.inc()
 
@@ -75,10 +75,14 @@ class RequestRecord:
             return
         self._first_byte_s = time.monotonic()
         ttft_ms = (self._first_byte_s - self._started_s) * 1e3
+        left_ms = ttft_ms
+        # The routing side measures with its own readings of the clock, so its parts are cut to fit.
         tokenize_ms = (self._opened_s - self._started_s) * 1e3
-        rest_ms = ttft_ms - tokenize_ms - report.queue_ms - report.prefill_ms
-        parts = (tokenize_ms, report.queue_ms, report.prefill_ms, max(0.0, rest_ms))
-        self._phases_ms = dict(zip(PHASES, parts, strict=True))
+        for phase, measured_ms in zip(
+            PHASES, (tokenize_ms, report.queue_ms, report.prefill_ms, ttft_ms), strict=True
+        ):
+            self._phases_ms[phase] = min(measured_ms, left_ms)
+            left_ms -= self._phases_ms[phase]
         self._metrics.ttft_s.observe(ttft_ms / 1e3)
         for phase, part_ms in self._phases_ms.items():
             self._metrics.ttft_phase_s.labels(phase).observe(part_ms / 1e3)

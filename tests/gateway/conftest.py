@@ -69,7 +69,7 @@ def backend(model: ServedModel, say: Callable[[str], Script]) -> FakeBackend:
 
 @pytest.fixture
 def settings() -> GatewaySettings:
-    return GatewaySettings()
+    return GatewaySettings.model_validate({})
 
 
 @pytest.fixture

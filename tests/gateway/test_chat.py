@@ -96,7 +96,10 @@ async def test_template_options(
     options: dict[str, Any],
 ) -> None:
     parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "you"}]
-    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Well"}]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "Well"},
+    ]
     response = await client.post(URL, json={"messages": messages, **extra})
     assert response.status_code == 200, response.text
     expected = tokenizer.encode_chat(messages, **options)

@@ -10,7 +10,7 @@ import pytest
 from baton.gateway.backend import ServedModel
 from baton.hashing import join_salt
 from baton.text import Tokenizer
-from baton.types import FinishReason, Request
+from baton.types import FinishReason, Request, TokenChunk
 from tests.gateway.fakes import FakeBackend, Step, chunks
 
 URL = "/v1/completions"
@@ -37,11 +37,17 @@ def texts(stream: Sequence[dict[str, Any]]) -> dict[int, str]:
     return joined
 
 
+def said(backend: FakeBackend) -> list[int]:
+    """What the last request was answered with."""
+    steps = backend.script(backend.request)
+    return [i for step in steps if isinstance(step, TokenChunk) for i in step.token_ids]
+
+
 async def test_whole_answer(client: httpx.AsyncClient, backend: FakeBackend) -> None:
     response = await client.post(URL, json={"model": "tiny", "prompt": "Hi", "max_tokens": 64})
     assert response.status_code == 200
     body = response.json()
-    num_output = len(backend.script(backend.request))
+    num_output = len(said(backend))
     num_prompt = len(backend.request.prompt_token_ids)
     assert body.pop("id").startswith("cmpl-")
     assert body.pop("created") > 0
@@ -121,7 +127,7 @@ async def test_prompts(
 async def test_choices_are_prompt_major_in_streams_too(
     client: httpx.AsyncClient, backend: FakeBackend, tokenizer: Tokenizer
 ) -> None:
-    said = {(p, c): f"prompt {p} choice {c}" for p in range(2) for c in range(2)}
+    expected = {(p, c): f"prompt {p} choice {c}" for p in range(2) for c in range(2)}
 
     def script(request: Request) -> list[Step]:
         number = request.prompt_token_ids[0]
@@ -129,16 +135,16 @@ async def test_choices_are_prompt_major_in_streams_too(
             chunk
             for choice in range(2)
             for chunk in chunks(
-                request, tokenizer.encode(said[number, choice]), choice=choice, per_chunk=2
+                request, tokenizer.encode(expected[number, choice]), choice=choice, per_chunk=2
             )
         ]
 
     backend.script = script
     body = {"prompt": [[0], [1]], "n": 2, "max_tokens": 64}
     whole = (await client.post(URL, json=body)).json()
-    assert [choice["text"] for choice in whole["choices"]] == list(said.values())
+    assert [choice["text"] for choice in whole["choices"]] == list(expected.values())
     stream = events(await client.post(URL, json={**body, "stream": True}))
-    assert texts(stream) == dict(enumerate(said.values()))
+    assert texts(stream) == dict(enumerate(expected.values()))
 
 
 async def test_usage_in_streams(client: httpx.AsyncClient) -> None:
@@ -158,7 +164,7 @@ async def test_usage_in_streams(client: httpx.AsyncClient) -> None:
 async def test_token_ids(client: httpx.AsyncClient, backend: FakeBackend) -> None:
     body = {"prompt": [7, 8], "return_token_ids": True}
     (choice,) = (await client.post(URL, json=body)).json()["choices"]
-    ids = [chunk.token_ids[0] for chunk in backend.script(backend.request)]
+    ids = said(backend)
     assert choice["token_ids"] == ids
     assert choice["prompt_token_ids"] == [7, 8]
     stream = events(await client.post(URL, json={**body, "stream": True}))
@@ -172,7 +178,7 @@ async def test_logprobs(
 ) -> None:
     (choice,) = (await client.post(URL, json={"prompt": "Hi", "logprobs": 2})).json()["choices"]
     assert backend.request.sampling.logprobs == 2
-    ids = [chunk.token_ids[0] for chunk in backend.script(backend.request)]
+    ids = said(backend)
     tokens = [tokenizer.token_bytes(i).decode() for i in ids]
     logprobs = choice["logprobs"]
     assert logprobs["tokens"] == tokens

@@ -240,11 +240,12 @@ class TestSlowReaders:
     ) -> None:
         gate = asyncio.Event()
         ids = tokenizer.encode("word " * 50)
-        backend.script = lambda request: [
-            *chunks(request, ids)[:1],
-            gate,
-            *chunks(request, ids)[1:],
-        ]
+
+        def script(request: Request) -> list[Step]:
+            first, *rest = chunks(request, ids)
+            return [first, gate, *rest]
+
+        backend.script = script
         call = Call(app, {"prompt": "Hi", "stream": True, "max_tokens": 200})
         await call.until("data: ")
         num_sent = len(call.sent)

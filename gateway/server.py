@@ -1,0 +1,149 @@
+"""`baton gateway`: tokenizer, routing side and HTTP in one process, and its orderly end.
+
+The first signal drains: /health turns red, the listening socket closes, open answers go on until
+`--drain-timeout-s`. A second one ends the process at once.
+"""
+
+import asyncio
+import logging
+import math
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from baton.config import GatewayConfig
+from baton.gateway.app import create_app
+from baton.gateway.context import Context
+from baton.gateway.limits import Limits
+from baton.gateway.orchestrate import Orchestrator
+from baton.telemetry import GatewayMetrics
+from baton.text import Tokenizer, TokenizerPool
+
+log = logging.getLogger(__name__)
+
+IDLE_CONNECTION_S = 60
+BACKLOG = 2048
+
+
+def run(config: GatewayConfig) -> int:
+    """Serve until a signal; returns the exit status."""
+    try:
+        tokenizer = Tokenizer.from_pretrained(config.tokenizer_source, revision=config.revision)
+        listener = listen(config.host, config.port, Limits().slow_client_s)
+    except (ValueError, OSError) as error:
+        log.error("%s", error)
+        return 1
+    with listener:
+        return asyncio.run(_serve(config, tokenizer, listener))
+
+
+def listen(host: str, port: int, slow_client_s: float) -> socket.socket:
+    """
+    Raises:
+        OSError: the address cannot be used; the message says which.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (while")[0]
+        raise OSError(f"cannot listen on {host}:{port}: {reason}") from error
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        # Inherited by every connection: the kernel drops one whose peer takes nothing, which the
+        # event loop cannot do while data waits to be flushed.
+        timeout_ms = int(slow_client_s * 1e3)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
+    return listener
+
+
+async def _serve(config: GatewayConfig, tokenizer: Tokenizer, listener: socket.socket) -> int:
+    limits = Limits(max_body_bytes=config.max_body_bytes)
+    pool = TokenizerPool(
+        tokenizer,
+        num_threads=config.tokenizer_threads,
+        max_pending=config.max_pending_requests,
+    )
+    try:
+        orchestrator = Orchestrator(config)
+    except ValueError as error:
+        log.error("%s", error)
+        return 2
+
+    @asynccontextmanager
+    async def lifespan() -> AsyncIterator[None]:
+        await orchestrator.start()
+        try:
+            yield
+        finally:
+            await orchestrator.close()
+            pool.close()
+
+    metrics = GatewayMetrics(CollectorRegistry())
+    app = create_app(Context(orchestrator, pool, config, metrics, limits), lifespan)
+    server = Server(app, config.drain_timeout_s, on_drain=orchestrator.drain)
+    host, port = listener.getsockname()[:2]
+    log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    await server.serve([listener])
+    return 0
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our signals: the first drains, the second ends at once."""
+
+    def __init__(self, app: FastAPI, drain_timeout_s: float, on_drain: Callable[[], None]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=IDLE_CONNECTION_S,
+                timeout_graceful_shutdown=math.ceil(drain_timeout_s),
+            )
+        )
+        self._on_drain = on_drain
+
+        self._serving: asyncio.Task[None] | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._serving = asyncio.current_task()
+        try:
+            await super().serve(sockets)
+        except asyncio.CancelledError:
+            if not self.force_exit:
+                raise
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        name = signal.Signals(sig).name
+        if not self.should_exit:
+            log.info("%s: draining", name)
+            self.should_exit = True
+            self._on_drain()
+        elif not self.force_exit:
+            log.info("%s again: ending now", name)
+            self.force_exit = True
+            assert self._serving is not None, "signals are handled while serving"
+            self._serving.cancel()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Unlike uvicorn's, does not raise the signal again at the end: a drained exit is good."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGINT, signal.SIGTERM)
+        for number in signals:
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)

@@ -1,0 +1,113 @@
+"""The server's life: a port that is taken, draining, being told twice."""
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from baton.config import GatewayConfig
+from baton.gateway.server import Server, listen, run
+from tests.gateway.fakes import FakeBackend, Script
+from tests.gateway.test_errors import COMPLETIONS
+
+
+@dataclass
+class Running:
+    url: str
+    serving: asyncio.Task[None]
+
+
+async def accepts(url: str) -> bool:
+    async with httpx.AsyncClient() as client:
+        try:
+            await client.get(url + "/version")
+        except httpx.ConnectError:
+            return False
+        return True
+
+
+@asynccontextmanager
+async def running(app: FastAPI, backend: FakeBackend, drain_s: float) -> AsyncIterator[Running]:
+    def drain() -> None:
+        backend.is_ready = False
+
+    with listen("127.0.0.1", 0, slow_client_s=1) as listener:
+        server = Server(app, drain_s, on_drain=drain)
+        port = listener.getsockname()[1]
+        serving = asyncio.create_task(server.serve([listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        yield Running(f"http://127.0.0.1:{port}", serving)
+        await asyncio.wait_for(serving, 5)
+
+
+async def test_draining_lets_open_streams_finish(
+    app: FastAPI, backend: FakeBackend, say: Callable[[str], Script]
+) -> None:
+    gate = asyncio.Event()
+    play = say("Hello world")
+    backend.script = lambda request: [play(request)[0], gate, *play(request)[1:]]
+    async with running(app, backend, drain_s=5) as server, httpx.AsyncClient() as client:
+        body = {"prompt": "Hi", "stream": True}
+        async with client.stream("POST", server.url + COMPLETIONS, json=body) as response:
+            lines = response.aiter_lines()
+            assert (await anext(lines)).startswith("data: ")
+            os.kill(os.getpid(), signal.SIGTERM)
+            while backend.is_ready:
+                await asyncio.sleep(0.01)
+            while await accepts(server.url):
+                await asyncio.sleep(0.01)
+            assert not server.serving.done()
+            gate.set()
+            rest = [line async for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+
+
+async def test_a_drain_has_a_deadline(app: FastAPI, backend: FakeBackend) -> None:
+    backend.script = lambda request: [asyncio.Event()]
+    async with running(app, backend, drain_s=1) as server, httpx.AsyncClient() as client:
+        post = asyncio.create_task(client.post(server.url + COMPLETIONS, json={"prompt": "Hi"}))
+        while not backend.streams:
+            await asyncio.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(backend.streams[0].aborted.wait(), 5)
+        await asyncio.gather(post, return_exceptions=True)
+
+
+async def test_a_second_signal_ends_at_once(app: FastAPI, backend: FakeBackend) -> None:
+    backend.script = lambda request: [asyncio.Event()]
+    async with running(app, backend, drain_s=600) as server, httpx.AsyncClient() as client:
+        post = asyncio.create_task(client.post(server.url + COMPLETIONS, json={"prompt": "Hi"}))
+        while not backend.streams:
+            await asyncio.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+        while backend.is_ready:
+            await asyncio.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.wait_for(server.serving, 5)
+        post.cancel()
+        backend.streams[0].abort()
+        await asyncio.gather(post, return_exceptions=True)
+
+
+def test_a_taken_port_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert run(GatewayConfig.model_validate({"port": port, "redis_url": "unix:///none"})) == 1
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"cannot listen on 127.0.0.1:{port}: Address already in use"
+
+
+def test_a_missing_tokenizer_is_one_line(
+    caplog: pytest.LogCaptureFixture, tmp_path: os.PathLike[str]
+) -> None:
+    assert run(GatewayConfig.model_validate({"model": str(tmp_path)})) == 1
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "tokenizer.json" in line
