@@ -1,0 +1,378 @@
+"""Every message survives the wire; nothing malformed comes in."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton import wire, wire_types
+from baton.errors import BatonError, Cause
+from baton.messages import (
+    Abort,
+    Admitted,
+    Bind,
+    Bound,
+    ComputeLocally,
+    Failed,
+    Heartbeat,
+    Hello,
+    Imported,
+    KvFailed,
+    LeaseLost,
+    NoRoom,
+    Progress,
+    Queued,
+    Rebind,
+    Release,
+    StepBatch,
+    Submit,
+)
+from baton.types import (
+    FinishReason,
+    KVGroup,
+    KVKind,
+    KVLayout,
+    KVRange,
+    KVTicket,
+    LegId,
+    Logprobs,
+    Request,
+    Role,
+    SamplingParams,
+    StepTiming,
+    TokenChunk,
+    TransferStats,
+    TransportAddress,
+    WorkerInfo,
+    WorkerSnapshot,
+)
+from baton.v1 import common_pb2, kv_pb2, worker_pb2
+
+u32 = st.integers(0, 2**32 - 1)
+u64 = st.integers(0, 2**64 - 1)
+ids = st.lists(u32, max_size=5).map(tuple)
+name = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+f32 = st.floats(width=32, allow_nan=False)
+duration = st.floats(0, 1e12)
+leg = st.builds(LegId, name, u32)
+digest = st.binary(min_size=32, max_size=32)
+random_id = st.binary(min_size=16, max_size=16)
+one_up = st.integers(1, 2**32 - 1)
+address = st.builds(TransportAddress, name, name)
+transports = st.lists(address, max_size=3).map(tuple)
+layout = st.builds(
+    KVLayout,
+    st.lists(
+        st.builds(
+            KVGroup,
+            st.sampled_from(KVKind),
+            one_up,
+            one_up,
+            one_up,
+            st.sampled_from(["bfloat16", "float16", "float32"]),
+            u32,
+        ),
+        min_size=1,
+        max_size=2,
+    ).map(tuple),
+    one_up,
+    one_up,
+)
+ticket = st.builds(
+    KVTicket,
+    random_id,
+    name,
+    random_id,
+    digest,
+    layout,
+    u32,
+    digest,
+    digest,
+    u64,
+    u32,
+    digest,
+)
+sampling = st.builds(
+    SamplingParams,
+    n=st.integers(1, 3),
+    temperature=st.floats(0, 100),
+    top_p=st.floats(0.01, 1),
+    top_k=st.integers(-1, 1000),
+    min_p=st.floats(0, 1),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    repetition_penalty=st.floats(0.01, 100),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    max_tokens=st.integers(100, 2**32 - 1),
+    min_tokens=st.integers(0, 100),
+    ignore_eos=st.booleans(),
+    stop_token_ids=ids,
+    logprobs=st.none() | st.integers(0, 20),
+)
+
+
+@st.composite
+def requests(draw: st.DrawFn, request_id: str) -> Request:
+    params = draw(sampling)
+    outputs = draw(st.just(()) | st.tuples(*[ids] * params.n))
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=draw(ids),
+        sampling=params,
+        output_token_ids=outputs if any(outputs) else (),
+        finished_choices=frozenset(draw(st.sets(st.integers(0, params.n - 1)))),
+        salt=draw(st.binary(max_size=8)),
+        priority=draw(st.integers(-(2**31), 2**31 - 1)),
+        deadline_ms=draw(st.none() | u32),
+    )
+
+
+@st.composite
+def with_request(draw: st.DrawFn, make: Callable[..., Any], *more: st.SearchStrategy[Any]) -> Any:
+    leg_id = draw(leg)
+    return make(leg_id, draw(requests(leg_id.request_id)), *map(draw, more))
+
+
+@st.composite
+def chunks(draw: st.DrawFn) -> TokenChunk:
+    token_ids = draw(ids)
+    logprobs = st.builds(Logprobs, f32, u32, st.lists(st.tuples(u32, f32), max_size=2).map(tuple))
+    return TokenChunk(
+        leg=draw(leg),
+        choice=draw(u32),
+        start=draw(u32),
+        token_ids=token_ids,
+        logprobs=draw(st.just(()) | st.tuples(*[logprobs] * len(token_ids))),
+        finish_reason=draw(st.none() | st.sampled_from(FinishReason)),
+        stop_token_id=draw(st.none() | u32),
+    )
+
+
+gateway_message = st.one_of(
+    with_request(Submit),
+    with_request(Bind, ticket, transports, name),
+    st.builds(Rebind, leg, ticket, transports, name),
+    with_request(ComputeLocally),
+    st.builds(Abort, leg, st.none() | u32),
+    st.builds(Release, leg),
+    st.builds(Heartbeat, u64),
+)
+cause = st.sampled_from(Cause)
+stats = st.builds(TransferStats, name, u64, u32, u32, duration, st.just({}))
+leg_message = st.one_of(
+    st.builds(Queued, leg),
+    st.builds(Admitted, leg, u32, st.none() | ticket),
+    st.builds(Progress, leg, u32, duration),
+    st.builds(NoRoom, leg, u32, u32),
+    st.builds(Bound, leg, u32),
+    st.builds(Imported, leg, stats),
+    st.builds(KvFailed, leg, u32, cause, name),
+    st.builds(Failed, leg, cause, name),
+    st.builds(LeaseLost, leg, cause),
+    chunks(),
+)
+info = st.builds(
+    WorkerInfo,
+    worker_id=name,
+    incarnation=random_id,
+    role=st.sampled_from(Role),
+    model=name,
+    fingerprint=digest,
+    layout=layout,
+    address=name,
+    transports=transports,
+    host_id=name,
+    pid=u32,
+    device=name,
+    num_blocks=u32,
+    max_model_len=u32,
+    max_num_seqs=u32,
+    vocab_size=u32,
+    eos_token_ids=ids,
+    capabilities=st.frozensets(name, max_size=3),
+    protocol=st.tuples(u32, u32),
+)
+snapshot = st.builds(
+    WorkerSnapshot, st.sampled_from(Role), *[u32] * 9, step_age_ms=duration, draining=st.booleans()
+)
+batch = st.builds(
+    StepBatch,
+    st.lists(leg_message, max_size=3).map(tuple),
+    snapshot,
+    st.none() | st.builds(StepTiming, u32, u32, u32, u32, duration),
+    u64,
+)
+
+
+@given(gateway_message)
+def test_gateway_messages_survive(message: Any) -> None:
+    data = wire.gateway_message_to_pb(message).SerializeToString()
+    parsed = worker_pb2.GatewayMessage.FromString(data)
+    assert wire.gateway_message_from_pb(parsed) == message
+    assert wire.leg_of_gateway_message(parsed) == getattr(message, "leg", None)
+
+
+@given(st.builds(Hello, info) | batch)
+def test_worker_messages_survive(message: Any) -> None:
+    data = wire.worker_message_to_pb(message).SerializeToString()
+    assert wire.worker_message_from_pb(worker_pb2.WorkerMessage.FromString(data)) == message
+
+
+@given(st.tuples(*[st.integers(0, 1000)] * 6))
+def test_ranges_survive_or_are_refused(bounds: tuple[int, ...]) -> None:
+    where = KVRange(*bounds)
+    message = wire.range_to_pb(where)
+    if bounds[0] <= bounds[1] and bounds[2] <= bounds[3] and bounds[4] <= bounds[5]:
+        assert wire.range_from_pb(message) == where
+    else:
+        assert_refused(wire.range_from_pb, message)
+
+
+def test_every_kind_of_message_is_generated_above() -> None:
+    """A new oneof member without a mapping must not go unnoticed."""
+    kinds = worker_pb2.GatewayMessage.DESCRIPTOR.fields_by_name
+    assert set(kinds) == set(wire._GATEWAY_MESSAGES)
+    kinds = worker_pb2.LegMessage.DESCRIPTOR.fields_by_name
+    assert set(kinds) == {*wire._LEG_MESSAGES, "tokens"}
+
+
+def test_causes_have_the_same_numbers() -> None:
+    numbers = {f"CAUSE_{c.name}": int(c) for c in Cause} | {"CAUSE_UNSPECIFIED": 0}
+    assert dict(common_pb2.Cause.items()) == numbers
+
+
+def assert_refused(parse: Callable[[Any], Any], message: Any) -> None:
+    with pytest.raises(BatonError) as caught:
+        parse(message)
+    assert caught.value.cause is Cause.PROTOCOL
+
+
+LEG = LegId("r", 1)
+LAYOUT = KVLayout((KVGroup(KVKind.FULL, 2, 1, 4, "float32"),), block_size=16)
+TICKET = KVTicket(
+    b"t" * 16, "a:1", b"i" * 16, b"f" * 32, LAYOUT, 3, b"d" * 32, b"s" * 32, 9, 1, b"m" * 32
+)
+REQUEST = Request("r", (1, 2, 3), SamplingParams(n=2, seed=1))
+
+
+def cause_of(parse: Callable[[Any], Any], message: Any) -> Cause | None:
+    try:
+        parse(message)
+    except BatonError as error:
+        return error.cause
+    return None
+
+
+@given(gateway_message, st.data())
+def test_damaged_messages_are_parsed_or_refused(message: Any, data: st.DataObject) -> None:
+    """Whatever a byte is changed into: another message, or a typed refusal, never another error."""
+    raw = bytearray(wire.gateway_message_to_pb(message).SerializeToString())
+    if raw:
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        damaged = worker_pb2.GatewayMessage.FromString(bytes(raw))
+    except DecodeError:
+        return
+    assert cause_of(wire.gateway_message_from_pb, damaged) in (None, Cause.PROTOCOL)
+
+
+def spoil_submit(**changes: Any) -> Any:
+    message = wire.gateway_message_to_pb(Submit(LEG, REQUEST))
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        target = message.submit
+        for parent in parents:
+            target = getattr(target, parent)
+        setattr(target, last, value)
+    return message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"leg__request_id": ""},
+        {"leg__request_id": "x" * 257},
+        {"request__sampling__n": 0},
+        {"request__sampling__temperature": float("nan")},
+        {"request__sampling__top_p": float("inf")},
+        {"request__sampling__max_tokens": 0},
+        {"request__salt": b"x" * (wire_types.MAX_SALT_BYTES + 1)},
+    ],
+)
+def test_malformed_submits_are_refused(changes: dict[str, Any]) -> None:
+    assert_refused(wire.gateway_message_from_pb, spoil_submit(**changes))
+
+
+def test_committed_output_covers_every_choice_or_none() -> None:
+    message = spoil_submit()
+    message.submit.request.committed.add(token_ids=[1])
+    assert_refused(wire.gateway_message_from_pb, message)
+
+
+@pytest.mark.parametrize(
+    "field", ["transfer_id", "incarnation", "fingerprint", "tokens_digest", "salt_digest", "mac"]
+)
+@pytest.mark.parametrize("change", [lambda x: x[:-1], lambda x: x + b"x", lambda x: b""])
+def test_ticket_digests_have_their_length(field: str, change: Callable[[bytes], bytes]) -> None:
+    message = wire.ticket_to_pb(TICKET)
+    setattr(message, field, change(getattr(message, field)))
+    assert_refused(wire.ticket_from_pb, message)
+
+
+@pytest.mark.parametrize(
+    ("parse", "message"),
+    [
+        (wire.gateway_message_from_pb, worker_pb2.GatewayMessage()),
+        (wire.worker_message_from_pb, worker_pb2.WorkerMessage()),
+        (wire.leg_message_from_pb, worker_pb2.LegMessage()),
+        (wire.leg_message_from_pb, worker_pb2.LegMessage(queued=worker_pb2.Queued())),
+        (
+            wire.leg_message_from_pb,
+            worker_pb2.LegMessage(failed=worker_pb2.Failed(leg=wire.leg_to_pb(LEG))),
+        ),
+        (
+            wire.leg_message_from_pb,
+            worker_pb2.LegMessage(failed=worker_pb2.Failed(leg=wire.leg_to_pb(LEG), cause=9999)),
+        ),
+        (
+            wire.leg_message_from_pb,
+            worker_pb2.LegMessage(
+                progress=worker_pb2.Progress(
+                    leg=wire.leg_to_pb(LEG), predicted_ms_left=float("nan")
+                )
+            ),
+        ),
+        (wire.worker_message_from_pb, worker_pb2.WorkerMessage(step=worker_pb2.StepBatch())),
+        (wire.layout_from_pb, common_pb2.KVLayout()),
+        (
+            wire.layout_from_pb,
+            common_pb2.KVLayout(
+                block_size=16, tp_size=1, groups=[common_pb2.KVGroup(dtype="float32")]
+            ),
+        ),
+        (wire.range_from_pb, kv_pb2.KVRange(token_start=2, token_stop=1)),
+        (
+            wire.chunk_from_pb,
+            common_pb2.TokenChunk(
+                leg=wire.leg_to_pb(LEG), token_ids=[1, 2], logprobs=[common_pb2.Logprobs()]
+            ),
+        ),
+    ],
+)
+def test_malformed_messages_are_refused(parse: Callable[[Any], Any], message: Any) -> None:
+    assert_refused(parse, message)
+
+
+def test_details_are_cut_to_what_a_peer_accepts() -> None:
+    long = Failed(LEG, Cause.INTERNAL, "x" * 10_000)
+    back = wire.leg_message_from_pb(wire.leg_message_to_pb(long))
+    assert back == replace(long, detail="x" * wire.MAX_DETAIL_LEN)
+
+
+def test_a_request_without_seed_does_not_leave() -> None:
+    with pytest.raises(ValueError, match="seed"):
+        wire.gateway_message_to_pb(Submit(LEG, replace(REQUEST, sampling=SamplingParams())))
