@@ -17,7 +17,7 @@ Guarantees every transport gives (tests/kvtransfer/test_transports.py runs them 
     silence.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,7 +47,7 @@ class Attachment(Protocol):
     epoch: int
     num_ready_tokens: int
 
-    def frames(self) -> AsyncIterator[Buffers]:
+    def frames(self) -> AsyncGenerator[Buffers, None]:
         """Frames as their KV becomes ready, the end frame last. A yielded frame is a copy and stays
         valid as long as somebody holds it. Raises BatonError when the lease is lost."""
         ...

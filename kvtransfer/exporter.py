@@ -8,7 +8,7 @@ except packing and checksums, which run on the transfer thread of `KVMemory`.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -157,7 +157,7 @@ class ExportAttachment:
         self.epoch = feed.epoch
         self.num_ready_tokens = feed.num_ready_tokens
 
-    async def frames(self) -> AsyncIterator[Buffers]:
+    async def frames(self) -> AsyncGenerator[Buffers, None]:
         where = self._where
         sent = where.token_start
         while sent < where.token_stop:

@@ -48,7 +48,7 @@ class HashChain(_message.Message):
     def __init__(self, hashes: _Optional[_Iterable[bytes]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ...) -> None: ...
 
 class FetchOpen(_message.Message):
-    __slots__ = ("ticket", "chain", "range", "layout", "fingerprint", "tokens_digest", "salt_digest", "transport", "consumer", "initial_credit")
+    __slots__ = ("ticket", "chain", "range", "layout", "fingerprint", "tokens_digest", "salt_digest", "transport", "consumer", "initial_credit", "lane")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     CHAIN_FIELD_NUMBER: _ClassVar[int]
     RANGE_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +59,7 @@ class FetchOpen(_message.Message):
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     CONSUMER_FIELD_NUMBER: _ClassVar[int]
     INITIAL_CREDIT_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
     ticket: _common_pb2.KVTicket
     chain: HashChain
     range: KVRange
@@ -69,7 +70,8 @@ class FetchOpen(_message.Message):
     transport: str
     consumer: str
     initial_credit: int
-    def __init__(self, ticket: _Optional[_Union[_common_pb2.KVTicket, _Mapping]] = ..., chain: _Optional[_Union[HashChain, _Mapping]] = ..., range: _Optional[_Union[KVRange, _Mapping]] = ..., layout: _Optional[_Union[_common_pb2.KVLayout, _Mapping]] = ..., fingerprint: _Optional[bytes] = ..., tokens_digest: _Optional[bytes] = ..., salt_digest: _Optional[bytes] = ..., transport: _Optional[str] = ..., consumer: _Optional[str] = ..., initial_credit: _Optional[int] = ...) -> None: ...
+    lane: bytes
+    def __init__(self, ticket: _Optional[_Union[_common_pb2.KVTicket, _Mapping]] = ..., chain: _Optional[_Union[HashChain, _Mapping]] = ..., range: _Optional[_Union[KVRange, _Mapping]] = ..., layout: _Optional[_Union[_common_pb2.KVLayout, _Mapping]] = ..., fingerprint: _Optional[bytes] = ..., tokens_digest: _Optional[bytes] = ..., salt_digest: _Optional[bytes] = ..., transport: _Optional[str] = ..., consumer: _Optional[str] = ..., initial_credit: _Optional[int] = ..., lane: _Optional[bytes] = ...) -> None: ...
 
 class FetchCredit(_message.Message):
     __slots__ = ("num_frames",)

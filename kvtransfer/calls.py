@@ -1,0 +1,337 @@
+"""`KV.Fetch`, both ends of it: what a producer serves and what a consumer calls.
+
+Every fetch between processes is such a call. It carries opening, credit, failure and cancellation,
+and on the gRPC transport the frames too; on others they travel beside it, in a *lane* whose
+receiving end the consumer names when it opens the fetch.
+
+A frame crosses as `FetchReply.frame` without being copied into or out of a protobuf message: its
+bytes are the message's, behind a tag and a length.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import grpc
+
+from baton import wire
+from baton.errors import BatonError, Cause
+from baton.kvtransfer.base import Buffers, FetchOpen, FrameSource
+from baton.kvtransfer.pump import Credits, FetchScope, serve, settle
+from baton.rpc import ClusterToken, Connection, connect, to_baton_error
+from baton.v1 import kv_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+MAX_LANE_BYTES = 64 << 10
+_SERVICE, _METHOD = "baton.v1.KV", "Fetch"
+_FRAME_TAG = 0x1A  # field 3, length-delimited
+_LINGER_S = 5.0  # for the last word of a fetch that is over
+
+
+class Lane(Protocol):
+    """The producer's end of one fetch whose frames travel beside the call."""
+
+    async def send(self, frame: Buffers) -> None:
+        """Hand one frame over; in order, each once."""
+        ...
+
+    async def close(self) -> None:
+        """Nothing is sent any more. Always called, once."""
+        ...
+
+
+OpenLane = Callable[[bytes], Awaitable[Lane]]  # from the receiving end that the consumer named
+
+
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    source: FrameSource
+    scope: FetchScope
+    open_lane: OpenLane | None
+
+
+class FetchCalls:
+    """Serves `KV.Fetch` on a worker's gRPC server and makes such calls to others. One per worker,
+    shared by its transports."""
+
+    def __init__(self, server: grpc.aio.Server, token: ClusterToken) -> None:
+        self._token = token
+        self._offers: dict[str, _Offer] = {}
+        self._connections: dict[str, Connection] = {}
+        self._lingering: set[asyncio.Task[None]] = set()
+        handler = grpc.stream_stream_rpc_method_handler(
+            self._serve, pb.FetchRequest.FromString, encode_reply
+        )
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler}),)
+        )
+
+    def offer(
+        self,
+        transport: str,
+        source: FrameSource,
+        scope: FetchScope,
+        open_lane: OpenLane | None = None,
+    ) -> None:
+        """Serve fetches that ask for `transport`; without `open_lane` the frames go in the call."""
+        self._offers[transport] = _Offer(source, scope, open_lane)
+
+    def call(
+        self, address: str, transport: str, fetch: FetchOpen, lane: bytes = b""
+    ) -> "FetchCall":
+        """Open a fetch at host:port. `lane`: the receiving end, for frames beside the call."""
+        connection = self._connections.get(address)
+        if connection is None:
+            connection = self._connections[address] = connect(address, self._token)
+        method = connection.channel.stream_stream(
+            f"/{_SERVICE}/{_METHOD}", pb.FetchRequest.SerializeToString, decode_reply
+        )
+        return FetchCall(
+            method(metadata=connection.metadata), fetch_open_to_pb(fetch, transport, lane)
+        )
+
+    def linger(self, call: "FetchCall") -> None:
+        """Let a call whose fetch is complete end by itself."""
+        task = asyncio.create_task(call.ended())
+        self._lingering.add(task)
+        task.add_done_callback(self._lingering.discard)
+
+    async def close(self) -> None:
+        """Close all connections. Idempotent; the transports are closed before."""
+        if self._lingering:
+            await asyncio.wait(self._lingering, timeout=_LINGER_S)
+        for connection in self._connections.values():
+            await connection.close()
+        self._connections.clear()
+
+    async def _serve(self, _requests: Any, context: Any) -> None:
+        """The handler of `KV.Fetch`: failures are told in a reply, with their cause."""
+        try:
+            request = await context.read()
+            if request is grpc.aio.EOF or request.WhichOneof("message") != "open":
+                raise BatonError(Cause.PROTOCOL, "a fetch begins with FetchOpen")
+            fetch, transport, lane = fetch_open_from_pb(request.open)
+            offer = self._offers.get(transport)
+            if offer is None:
+                raise BatonError(Cause.UNSUPPORTED, f"transport {transport!r} is not offered")
+            await offer.scope.run(_serve_call(offer, fetch, lane, context))
+        except BatonError as error:
+            logger.info("a fetch ended: %s: %s", error.cause.name, error.message)
+            detail, cause = error.message[: wire.MAX_DETAIL_LEN], int(error.cause)
+            failed = pb.FetchFailed(cause=cause, detail=detail)  # type: ignore[arg-type]
+            await context.write(pb.FetchReply(failed=failed))
+
+
+async def _serve_call(offer: _Offer, fetch: FetchOpen, lane: bytes, context: Any) -> None:
+    opened_lane = None if offer.open_lane is None else await offer.open_lane(lane)
+    try:
+        consumer = _CallConsumer(context, Credits(fetch.initial_credit), opened_lane)
+        serving = asyncio.create_task(serve(offer.source, fetch, consumer))
+        listening = asyncio.create_task(consumer.listen())
+        try:
+            await asyncio.wait({serving, listening}, return_when=asyncio.FIRST_COMPLETED)
+            if not serving.done():
+                listening.result()
+            await serving
+        finally:
+            await settle(serving, listening)
+    finally:
+        if opened_lane is not None:
+            await opened_lane.close()
+
+
+class _CallConsumer:
+    """The consumer at the other end of a call; a `pump.Consumer`."""
+
+    def __init__(self, context: Any, credits: Credits, lane: Lane | None) -> None:
+        self.credits = credits
+        self.done = asyncio.Event()
+        self._context = context
+        self._lane = lane
+
+    async def opened(self, epoch: int, num_ready_tokens: int) -> None:
+        opened = pb.FetchOpened(epoch=epoch, num_ready_tokens=num_ready_tokens)
+        await self._context.write(pb.FetchReply(opened=opened))
+
+    async def send(self, frame: Buffers) -> None:
+        if self._lane is None:
+            await self._context.write(frame)
+        else:
+            await self._lane.send(frame)
+
+    async def listen(self) -> None:
+        """Take what the consumer says, until it is done.
+
+        Raises:
+            BatonError: it hung up before it was done, or said what no correct consumer says.
+        """
+        while not self.done.is_set():
+            request = await self._context.read()
+            if request is grpc.aio.EOF:
+                raise BatonError(Cause.CANCELLED, "the consumer hung up")
+            match request.WhichOneof("message"):
+                case "credit":
+                    self.credits.give(request.credit.num_frames)
+                case "done":
+                    self.done.set()
+                case kind:
+                    raise BatonError(Cause.PROTOCOL, f"{kind} in the middle of a fetch")
+
+
+class FetchCall:
+    """The consumer's end of one call.
+
+    A task of its own reads it: cancelling a read would cancel the call. What it has read waits in
+    a queue that the credit bounds. Whatever ends the call early is raised to whoever takes from it.
+    """
+
+    def __init__(self, call: Any, opening: pb.FetchOpen) -> None:
+        self._call = call
+        self._opening = opening
+        self._num_allowed = 1 + opening.initial_credit  # replies: the answer, and frames
+        self._replies: asyncio.Queue[pb.FetchReply | memoryview | BatonError] = asyncio.Queue()
+        self._reading = asyncio.create_task(self._read_all())
+
+    async def answer(self) -> tuple[int, int]:
+        """Open the fetch: (epoch, num_ready_tokens)."""
+        await self._write(pb.FetchRequest(open=self._opening))
+        reply = await self._next()
+        if isinstance(reply, memoryview) or reply.WhichOneof("message") != "opened":
+            raise BatonError(Cause.PROTOCOL, "a fetch is answered with FetchOpened")
+        return reply.opened.epoch, reply.opened.num_ready_tokens
+
+    async def frames(self) -> AsyncGenerator[memoryview, None]:
+        while True:
+            reply = await self._next()
+            if not isinstance(reply, memoryview):
+                raise BatonError(Cause.PROTOCOL, f"{reply.WhichOneof('message')} among frames")
+            yield reply
+
+    async def failure(self) -> BatonError:
+        """Why the call ended; for fetches whose frames do not come this way."""
+        try:
+            reply = await self._next()
+        except BatonError as error:
+            return error
+        kind = "frame" if isinstance(reply, memoryview) else reply.WhichOneof("message")
+        return BatonError(Cause.PROTOCOL, f"{kind} in a call beside the frames")
+
+    async def give(self, num_frames: int) -> None:
+        self._num_allowed += num_frames
+        await self._write(pb.FetchRequest(credit=pb.FetchCredit(num_frames=num_frames)))
+
+    async def done(self) -> None:
+        """The last word: everything is verified."""
+        await self._write(pb.FetchRequest(done=pb.FetchDone()))
+
+    async def ended(self) -> None:
+        """Wait until the producer has heard the last word, but not for long."""
+        await asyncio.wait({self._reading}, timeout=_LINGER_S)
+        await self.cancel()
+
+    async def cancel(self) -> None:
+        """Tell the producer that nobody reads any more. Idempotent."""
+        self._call.cancel()
+        await settle(self._reading)
+
+    async def _write(self, request: pb.FetchRequest) -> None:
+        try:
+            await self._call.write(request)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            logger.debug("the call has ended; whoever takes from it gets the reason")
+
+    async def _next(self) -> pb.FetchReply | memoryview:
+        reply = await self._replies.get()
+        if isinstance(reply, BatonError):
+            raise reply
+        return reply
+
+    async def _read_all(self) -> None:
+        try:
+            while True:
+                reply = await self._call.read()
+                self._replies.put_nowait(self._checked(reply))
+        except grpc.aio.AioRpcError as error:
+            self._replies.put_nowait(to_baton_error(error))
+        except BatonError as error:
+            self._replies.put_nowait(error)
+
+    def _checked(self, reply: Any) -> pb.FetchReply | memoryview:
+        if reply is grpc.aio.EOF:
+            raise BatonError(Cause.TRANSPORT_FAILED, "the call ended before the fetch did")
+        if not isinstance(reply, memoryview) and reply.WhichOneof("message") == "failed":
+            raise BatonError(wire.cause_from_pb(reply.failed.cause), reply.failed.detail)
+        self._num_allowed -= 1
+        if self._num_allowed < 0:
+            raise BatonError(Cause.PROTOCOL, "more frames than there was credit for")
+        return cast("pb.FetchReply | memoryview", reply)
+
+
+# ── messages ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def encode_reply(reply: pb.FetchReply | Buffers) -> bytes:
+    """A FetchReply's bytes; of a frame, given as its parts, with one copy."""
+    if isinstance(reply, pb.FetchReply):
+        return reply.SerializeToString()
+    length, prefix = sum(len(part) for part in reply), bytearray((_FRAME_TAG,))
+    while length > 0x7F:
+        prefix.append(length & 0x7F | 0x80)
+        length >>= 7
+    prefix.append(length)
+    return b"".join((prefix, *reply))
+
+
+def decode_reply(data: bytes) -> pb.FetchReply | memoryview:
+    """The message, or a view of the frame in it."""
+    if data[:1] == bytes((_FRAME_TAG,)):
+        length, at = 0, 1
+        while at < min(len(data), 6):
+            length |= (data[at] & 0x7F) << (7 * (at - 1))
+            at += 1
+            if data[at - 1] <= 0x7F:
+                break
+        if at + length == len(data):
+            return memoryview(data)[at:]
+    reply = pb.FetchReply.FromString(data)
+    return memoryview(reply.frame) if reply.WhichOneof("message") == "frame" else reply
+
+
+def fetch_open_to_pb(fetch: FetchOpen, transport: str, lane: bytes) -> pb.FetchOpen:
+    return pb.FetchOpen(
+        ticket=wire.ticket_to_pb(fetch.ticket),
+        range=wire.range_to_pb(fetch.range),
+        layout=wire.layout_to_pb(fetch.layout),
+        fingerprint=fetch.fingerprint,
+        tokens_digest=fetch.tokens_digest,
+        salt_digest=fetch.salt_digest,
+        transport=transport,
+        consumer=fetch.consumer,
+        initial_credit=fetch.initial_credit,
+        lane=lane,
+    )
+
+
+def fetch_open_from_pb(message: pb.FetchOpen) -> tuple[FetchOpen, str, bytes]:
+    """(fetch, transport, lane).
+
+    Raises:
+        BatonError: PROTOCOL; UNSUPPORTED for a fetch by hash.
+    """
+    if message.WhichOneof("source") != "ticket":
+        raise BatonError(Cause.UNSUPPORTED, "only fetches with a ticket are served")
+    wire.check_len(message.lane, MAX_LANE_BYTES, "lane")
+    fetch = FetchOpen(
+        ticket=wire.ticket_from_pb(message.ticket),
+        range=wire.range_from_pb(message.range),
+        layout=wire.layout_from_pb(message.layout),
+        fingerprint=wire.exactly(message.fingerprint, wire.DIGEST_BYTES, "fingerprint"),
+        tokens_digest=wire.exactly(message.tokens_digest, wire.DIGEST_BYTES, "tokens digest"),
+        salt_digest=wire.exactly(message.salt_digest, wire.DIGEST_BYTES, "salt digest"),
+        consumer=wire.text(message.consumer, wire.MAX_ID_LEN, "consumer"),
+        initial_credit=message.initial_credit,
+    )
+    return fetch, wire.text(message.transport, wire.MAX_ID_LEN, "transport"), message.lane
