@@ -1,0 +1,144 @@
+"""How the producer cuts KV into frames, what it waits for, and when it stops."""
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton.errors import BatonError, Cause
+from baton.kvtransfer.exporter import Exporter, next_parts
+from baton.kvtransfer.frames import Frame, FrameKind, decode
+from baton.types import KVRange
+from tests.kvtransfer.support import NUM_LAYERS, TOKEN_BYTES, Gate, Pool, make_fetch, make_pool
+
+CELL_BYTES = TOKEN_BYTES // NUM_LAYERS
+
+
+@pytest.fixture
+def pool() -> Pool:
+    return make_pool(16, [3, 4, 0, 6, 1], seed=1)
+
+
+async def read(exporter: Exporter, num_tokens: int, token_start: int = 0) -> list[Frame]:
+    attachment = await exporter.attach(make_fetch(num_tokens, token_start))
+    frames = [decode(b"".join(frame)) async for frame in attachment.frames()]
+    await attachment.close()
+    return frames
+
+
+@given(st.data())
+def test_parts_tile_the_span_within_the_frame_size(data: st.DataObject) -> None:
+    block_size = data.draw(st.sampled_from([16, 32]))
+    frame_bytes = data.draw(st.integers(1, 200 * CELL_BYTES))
+    num_layers = data.draw(st.integers(1, 7))
+    start = data.draw(st.integers(0, 100))
+    stop = data.draw(st.integers(start + 1, start + 200))
+    token, starts = start, []
+    while token < stop:
+        span = KVRange(0, num_layers, token, stop)
+        parts = next_parts(span, block_size, num_layers * (stop - token) * CELL_BYTES, frame_bytes)
+        assert {(p.token_start, p.token_stop) for p in parts} == {(token, parts[0].token_stop)}
+        layers = [layer for p in parts for layer in range(p.layer_start, p.layer_stop)]
+        assert layers == list(range(num_layers))
+        for part in parts:
+            cells = part.num_layers * part.num_tokens
+            assert cells == 1 or cells * CELL_BYTES <= frame_bytes
+        starts.append(token)
+        token = parts[0].token_stop
+    assert token == stop
+    if frame_bytes >= block_size * CELL_BYTES:  # a block of a layer fits: cut at blocks only
+        assert all(at % block_size == 0 for at in starts[1:])
+
+
+async def test_everything_that_is_ready_in_as_few_frames_as_the_size_allows(pool: Pool) -> None:
+    gate = Gate(pool, num_ready_tokens=70, end_payload=b"first")
+    frames = await read(Exporter(pool.memory, gate, frame_bytes=32 * TOKEN_BYTES), 70, 5)
+    spans = [(f.range.token_start, f.range.token_stop) for f in frames]
+    assert spans == [(5, 32), (32, 64), (64, 70), (5, 70)]
+    assert [f.seq for f in frames] == [0, 1, 2, 3]
+    assert {f.epoch for f in frames} == {gate.feeds[0].epoch}
+    *data, end = frames
+    assert all(bytes(f.payload) == pool.content(f.range) for f in data)
+    assert (end.kind, bytes(end.payload)) == (FrameKind.END, b"first")
+    assert gate.sent == [32, 64, 70]
+
+
+async def test_frames_follow_the_prefill(pool: Pool) -> None:
+    gate = Gate(pool, num_ready_tokens=0, end_payload=None)
+    attachment = await Exporter(pool.memory, gate).attach(make_fetch(64))
+    frames = attachment.frames()
+    (feed,) = gate.feeds
+
+    async def next_frame() -> Frame:
+        return decode(b"".join(await anext(frames)))
+
+    waiting = asyncio.create_task(next_frame())
+    await asyncio.sleep(0.02)
+    assert not waiting.done()
+    feed.ready(20)
+    assert (await waiting).range == KVRange(0, NUM_LAYERS, 0, 20)
+    feed.ready(30)
+    feed.ready(10)  # an older mark changes nothing
+    feed.ready(64)
+    assert (await next_frame()).range == KVRange(0, NUM_LAYERS, 20, 64)
+    waiting = asyncio.create_task(next_frame())
+    await asyncio.sleep(0.02)
+    assert not waiting.done()
+    feed.end(b"x")
+    assert (await waiting).kind is FrameKind.END
+    await attachment.close()
+
+
+async def test_a_consumer_that_has_everything_gets_the_end_frame(pool: Pool) -> None:
+    gate = Gate(pool, num_ready_tokens=64, end_payload=b"first")
+    (frame,) = await read(Exporter(pool.memory, gate), 64, 64)
+    assert (frame.kind, frame.range) == (FrameKind.END, KVRange(0, NUM_LAYERS, 64, 64))
+
+
+async def test_a_refusal_passes_through(pool: Pool) -> None:
+    gate = Gate(pool, 0, None)
+    gate.refusal = BatonError(Cause.TICKET_EXPIRED, "too late")
+    with pytest.raises(BatonError, match="too late"):
+        await Exporter(pool.memory, gate).attach(make_fetch(1))
+
+
+@pytest.mark.parametrize("num_ready_tokens", [0, 64])
+async def test_a_cut_attachment_raises_its_cause(pool: Pool, num_ready_tokens: int) -> None:
+    gate = Gate(pool, num_ready_tokens, end_payload=None)
+    attachment = await Exporter(pool.memory, gate, 1000).attach(make_fetch(64))
+    failing = asyncio.create_task(attachment.failed())
+    frames = attachment.frames()
+    if num_ready_tokens:
+        await anext(frames)
+    gate.feeds[0].cut(BatonError(Cause.LEASE_UNKNOWN, "evicted"))
+    gate.feeds[0].cut(BatonError(Cause.INTERNAL, "later"))
+    with pytest.raises(BatonError, match="evicted"):
+        await anext(frames)
+    assert (await failing).cause is Cause.LEASE_UNKNOWN
+    await attachment.close()
+
+
+async def test_close_waits_for_the_reading_and_tells_once(pool: Pool) -> None:
+    gate = Gate(pool, num_ready_tokens=64, end_payload=b"")
+    attachment = await Exporter(pool.memory, gate).attach(make_fetch(64))
+    blocked, go = asyncio.Event(), asyncio.Event()
+    loop, pack = asyncio.get_running_loop(), pool.memory.pack
+
+    def slow_pack(block_ids: list[int], where: KVRange) -> memoryview:
+        loop.call_soon_threadsafe(blocked.set)
+        asyncio.run_coroutine_threadsafe(go.wait(), loop).result()
+        return pack(block_ids, where)
+
+    pool.memory.pack = slow_pack  # type: ignore[method-assign, assignment]
+    reading = asyncio.create_task(anext(attachment.frames()))
+    await blocked.wait()
+    closing = [asyncio.create_task(attachment.close()) for _ in range(2)]
+    await asyncio.sleep(0.02)
+    assert gate.told == []
+    go.set()
+    await asyncio.gather(*closing)
+    assert gate.told == [("closed", attachment.epoch)]
+    await reading  # the frame is a copy and may still be used
+    await attachment.close()
+    assert gate.told == [("closed", attachment.epoch)]
