@@ -2,7 +2,6 @@
 
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -11,7 +10,7 @@ import baton
 from baton.errors import Cause, InvalidRequest
 from baton.gateway.accounting import RequestRecord
 from baton.gateway.context import Context
-from baton.gateway.generation import Generation, Job, TokenIds, Usage
+from baton.gateway.generation import Generation, Job, Tokenize, Usage
 from baton.gateway.openai import ChatCompletionRequest, CompletionRequest
 from baton.gateway.stream import GenerationResponse, Shape
 from baton.hashing import join_salt
@@ -29,7 +28,7 @@ def start(
     endpoint: str,
     id_prefix: str,
     prompt_param: str,
-    tokenize: Callable[[], Awaitable[Sequence[TokenIds]]],
+    tokenize: Tokenize,
 ) -> Generation:
     """
     Raises:

@@ -16,7 +16,7 @@ from baton.gateway.accounting import outcome_of
 from baton.gateway.body import json_route
 from baton.gateway.cluster import cluster_router, refresh_fleet_gauges
 from baton.gateway.context import Context
-from baton.gateway.errors import api_error
+from baton.gateway.errors import ERROR_RESPONSES, api_error
 from baton.gateway.limits import Guard
 from baton.gateway.models import models_router
 
@@ -43,6 +43,7 @@ def create_app(context: Context, lifespan: Lifespan = _nothing) -> FastAPI:
         lifespan=run,
         redirect_slashes=False,
         redoc_url=None,
+        responses=ERROR_RESPONSES,
     )
     route_class = json_route(context.limits, _refusal_counter(context))
     app.include_router(completions.completions_router(context, route_class))

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 
 from baton.gateway.answers import check_num_chars, envelope, respond, start, usage_body
+from baton.gateway.backend import ServedModel
 from baton.gateway.choice import Delta
 from baton.gateway.context import Context
 from baton.gateway.generation import Generation, TokenIds, Usage
@@ -21,8 +22,8 @@ def chat_router(context: Context, route_class: type[APIRoute]) -> APIRouter:
 
     @router.post(PATH, response_class=Response)
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
-        async def tokenize() -> Sequence[TokenIds]:
-            return (await _token_ids(context, body),)
+        async def tokenize(model: ServedModel) -> Sequence[TokenIds]:
+            return (await _token_ids(context, body, model),)
 
         generation = start(
             context,
@@ -38,14 +39,13 @@ def chat_router(context: Context, route_class: type[APIRoute]) -> APIRouter:
     return router
 
 
-async def _token_ids(context: Context, body: ChatCompletionRequest) -> TokenIds:
+async def _token_ids(context: Context, body: ChatCompletionRequest, model: ServedModel) -> TokenIds:
     """
     Raises:
         InvalidRequest: the messages are malformed, refused by the template, or far too long.
     """
-    max_model_len = context.find_model(body.model).max_model_len
     text = await context.tokenizers.render_chat(body.messages, **body.template_options())
-    check_num_chars(len(text), max_model_len, "messages")
+    check_num_chars(len(text), model.max_model_len, "messages")
     ids = await context.tokenizers.encode(text, add_special_tokens=body.add_special_tokens)
     return tuple(ids)
 

@@ -9,6 +9,7 @@ from fastapi.routing import APIRoute
 
 from baton.errors import InvalidRequest
 from baton.gateway.answers import check_num_chars, envelope, respond, start, usage_body
+from baton.gateway.backend import ServedModel
 from baton.gateway.choice import Delta
 from baton.gateway.context import Context
 from baton.gateway.generation import Generation, TokenIds, Usage
@@ -28,8 +29,8 @@ def completions_router(context: Context, route_class: type[APIRoute]) -> APIRout
         if len(prompts) * body.n > MAX_CHOICES:
             raise InvalidRequest(f"prompts × n must not exceed {MAX_CHOICES}.", "prompt")
 
-        async def tokenize() -> Sequence[TokenIds]:
-            return await asyncio.gather(*(_token_ids(context, body, p) for p in prompts))
+        async def tokenize(model: ServedModel) -> Sequence[TokenIds]:
+            return await asyncio.gather(*(_token_ids(context, body, model, p) for p in prompts))
 
         generation = start(
             context,
@@ -51,7 +52,7 @@ def parse_prompts(prompt: object) -> list[str | TokenIds]:
     Raises:
         InvalidRequest: none of these, or one that is empty.
     """
-    if isinstance(prompt, list) and prompt and not _is_int(prompt[0]):
+    if isinstance(prompt, list) and prompt and type(prompt[0]) is not int:
         return [_parse_prompt(item) for item in prompt]
     return [_parse_prompt(prompt)]
 
@@ -59,7 +60,7 @@ def parse_prompts(prompt: object) -> list[str | TokenIds]:
 def _parse_prompt(prompt: object) -> str | TokenIds:
     if isinstance(prompt, str) and prompt:
         return prompt
-    if isinstance(prompt, list) and prompt and all(map(_is_int, prompt)):
+    if isinstance(prompt, list) and set(map(type, prompt)) == {int}:  # bool is none
         return tuple(prompt)
     raise InvalidRequest(
         "prompt must be a text, a list of texts, a list of token ids or a list of such lists, and "
@@ -68,15 +69,12 @@ def _parse_prompt(prompt: object) -> str | TokenIds:
     )
 
 
-def _is_int(value: object) -> bool:
-    return type(value) is int  # bool is none
-
-
-async def _token_ids(context: Context, body: CompletionRequest, prompt: str | TokenIds) -> TokenIds:
+async def _token_ids(
+    context: Context, body: CompletionRequest, model: ServedModel, prompt: str | TokenIds
+) -> TokenIds:
     if not isinstance(prompt, str):
         return prompt
-    max_model_len = context.find_model(body.model).max_model_len
-    check_num_chars(len(prompt), max_model_len, "prompt")
+    check_num_chars(len(prompt), model.max_model_len, "prompt")
     ids = await context.tokenizers.encode(prompt, add_special_tokens=body.add_special_tokens)
     return tuple(ids)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -31,6 +32,25 @@ _CAUSE_CODES = {
     Cause.UNAUTHENTICATED: "invalid_api_key",
     Cause.OVERLOADED: "server_is_overloaded",
     Cause.NO_ROOM: "server_is_overloaded",
+}
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None  # the field at fault
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer that is not 2xx; for the OpenAPI document."""
+
+    error: ErrorDetail
+
+
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorResponse, "description": "The request cannot be served."},
+    "5XX": {"model": ErrorResponse, "description": "No capacity, or a failure of the server."},
 }
 
 

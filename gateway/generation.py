@@ -13,6 +13,7 @@ from baton.gateway.context import Context
 from baton.types import Request, SamplingParams, TokenChunk
 
 TokenIds = tuple[int, ...]
+Tokenize = Callable[[ServedModel], Awaitable[Sequence[TokenIds]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Job:
     id: str  # minted here: "cmpl-…"
     model: ServedModel
     sampling: SamplingParams  # max_tokens None: up to the model's length
-    tokenize: Callable[[], Awaitable[Sequence[TokenIds]]]
+    tokenize: Tokenize
     prompt_param: str  # the field that prompts come from
     salt: bytes
     priority: int = 0
@@ -82,7 +83,7 @@ class Generation:
         Raises:
             BatonError: the job cannot be served, or failed.
         """
-        prompts = await self.job.tokenize()
+        prompts = await self.job.tokenize(self.job.model)
         requests = [self._request(number, prompt) for number, prompt in enumerate(prompts)]
         if self.aborted:
             return

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from baton.config import GatewayConfig
+from baton.gateway import completions
 from baton.gateway.app import create_app
 from baton.gateway.context import Context
 from baton.gateway.limits import Limits
@@ -67,7 +68,7 @@ async def _serve(config: GatewayConfig, tokenizer: Tokenizer, listener: socket.s
     pool = TokenizerPool(
         tokenizer,
         num_threads=config.tokenizer_threads,
-        max_pending=config.max_pending_requests,
+        max_pending=config.max_pending_requests + completions.MAX_CHOICES,
     )
     try:
         orchestrator = Orchestrator(config)

@@ -7,7 +7,6 @@ stream ends without `[DONE]`.
 """
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 
 from fastapi import Response
 from fastapi.responses import JSONResponse
+from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from baton.errors import BatonError
@@ -51,6 +51,10 @@ class Shape(Protocol):
         ...
 
 
+class ClientStalled(Exception):
+    """The client does not read, so nothing more can be written."""
+
+
 class EventWriter:
     """Server-sent events over ASGI. The response starts with the first write.
 
@@ -66,29 +70,33 @@ class EventWriter:
         self._num_writes = 0
 
     async def json(self, value: dict[str, Any]) -> None:
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        await self.write(b"data: %b\n\n" % text.encode())
+        await self.write(b"data: %b\n\n" % to_json(value))
 
     async def write(self, data: bytes) -> None:
         """
         Raises:
-            TimeoutError: the client did not read for `slow_client_s`, so the buffers are full.
+            ClientStalled: buffers were full for `slow_client_s`.
         """
-        async with asyncio.timeout(self._limits.slow_client_s), self._lock:
-            if not self.started:
-                self.started = True
-                await self._send(
-                    {"type": "http.response.start", "status": 200, "headers": _HEADERS}
-                )
-            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        await self._put(data, more=True)
         self._last_write_s = time.monotonic()
         self._num_writes += 1
         if self._num_writes % _WRITES_PER_TURN == 0:
             await asyncio.sleep(0)
 
     async def end(self, last: bytes = b"") -> None:
-        async with asyncio.timeout(self._limits.slow_client_s), self._lock:
-            await self._send({"type": "http.response.body", "body": last, "more_body": False})
+        await self._put(last, more=False)
+
+    async def _put(self, data: bytes, *, more: bool) -> None:
+        try:
+            async with asyncio.timeout(self._limits.slow_client_s), self._lock:
+                if not self.started:
+                    self.started = True
+                    await self._send(
+                        {"type": "http.response.start", "status": 200, "headers": _HEADERS}
+                    )
+                await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        except TimeoutError:
+            raise ClientStalled from None
 
     async def keep_alive(self) -> None:
         """Runs beside the stream: a comment after every `keep_alive_s` of silence."""
@@ -160,20 +168,26 @@ class GenerationResponse(Response):
         keep_alive = asyncio.create_task(writer.keep_alive())
         try:
             await self._write_deltas(writer)
-        except TimeoutError:
+        except ClientStalled:
             # Returning without an end makes the server close the connection.
             log.info("%s: the client stopped reading", self._generation.job.id)
         except Exception as error:
             if not writer.started:
                 raise
-            self._generation.record.outcome = outcome_of(error)
-            if not isinstance(error, BatonError):
-                log.exception("%s failed", self._generation.job.id)
-            await writer.json(api_error(error, scope["state"]["request_id"]).body())
-            await writer.end()
+            await self._write_error(writer, error, scope["state"]["request_id"])
         finally:
             keep_alive.cancel()
             await asyncio.gather(keep_alive, return_exceptions=True)
+
+    async def _write_error(self, writer: EventWriter, error: Exception, request_id: str) -> None:
+        self._generation.record.outcome = outcome_of(error)
+        if not isinstance(error, BatonError):
+            log.error("%s failed", self._generation.job.id, exc_info=error)
+        try:
+            await writer.json(api_error(error, request_id).body())
+            await writer.end()
+        except ClientStalled:
+            log.info("%s: the client stopped reading", self._generation.job.id)
 
     async def _write_deltas(self, writer: EventWriter) -> None:
         generation = self._generation

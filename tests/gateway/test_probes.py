@@ -49,7 +49,8 @@ async def test_version_and_documents(client: httpx.AsyncClient) -> None:
     document = (await client.get("/openapi.json")).json()
     fields = document["components"]["schemas"]["CompletionRequest"]["properties"]
     assert fields.keys() >= {"prompt", "max_tokens", "stop", "cache_salt"}
-    assert COMPLETIONS in document["paths"]
+    responses = document["paths"][COMPLETIONS]["post"]["responses"]
+    assert responses.keys() == {"200", "4XX", "5XX"}
 
 
 async def test_cluster(client: httpx.AsyncClient) -> None:
