@@ -35,7 +35,7 @@ MAX_ATTACHMENTS = 8  # of one lease at a time; each costs the producer a sender
 
 class LeaseState(Enum):
     PINNED = "pinned"  # the engine holds the blocks; a reader may start at once
-    RETAINED = "retained"  # was read; the engine may take the blocks
+    RETAINED = "retained"  # was read, or nobody came; the engine may take the blocks
     PINNING = "pinning"  # a reader waits until the engine has undone Retain
     CLOSING = "closing"  # over; the blocks are in quarantine until the last reader has stopped
 
@@ -58,6 +58,7 @@ class _Lease:
     state: LeaseState = LeaseState.PINNED
     first_tokens: tuple[TokenChunk, ...] | None = None
     was_read: bool = False
+    idle_since_ms: int = 0  # complete and without readers
     attachments: dict[int, _Attachment] = field(default_factory=dict)  # by epoch
     pending: dict[int, int] = field(default_factory=dict)  # while PINNING: key → first token wanted
 
@@ -74,15 +75,17 @@ class _Lease:
 class LeaseTable:
     """All leases of one worker. See the module docstring; `docs/kv-exchange.md` has the table."""
 
-    def __init__(self, first_epoch: int, stall_ms: int) -> None:
+    def __init__(self, first_epoch: int, stall_ms: int, idle_ms: int) -> None:
         """
         Args:
             first_epoch: 64 random bits; epochs count up from there, so that none of this process
                 repeats one of an earlier one.
             stall_ms: how long a consumer may leave ready data untaken before its attachment is cut.
+            idle_ms: how long complete KV waits for a first reader before it may be evicted.
         """
         self._next_epoch = first_epoch % 2**64 or 1
         self._stall_ms = stall_ms
+        self._idle_ms = idle_ms
         self._leases: dict[LegId, _Lease] = {}
         self._by_transfer: dict[bytes, _Lease] = {}
         self._by_epoch: dict[int, _Lease] = {}
@@ -139,6 +142,7 @@ class LeaseTable:
             return []
         self._restart_clocks(lease, now_ms)
         lease.first_tokens = first_tokens
+        lease.idle_since_ms = now_ms
         epochs = lease.open_epochs()
         return [AttachmentSampled(epochs, first_tokens)] if epochs else []
 
@@ -244,12 +248,13 @@ class LeaseTable:
             lease.attachments[epoch].is_done = True
             lease.was_read = True
 
-    def closed(self, epoch: int) -> list[LeaseEffect]:
+    def closed(self, epoch: int, now_ms: int) -> list[LeaseEffect]:
         """Nothing of this attachment reads the blocks any more. Once per epoch."""
         lease = self._by_epoch.pop(epoch, None)
         if lease is None:
             return []
         del lease.attachments[epoch]
+        lease.idle_since_ms = now_ms
         if lease.state is LeaseState.CLOSING and not lease.attachments:
             return self._end(lease)
         return self._retain_if_read(lease)
@@ -257,7 +262,7 @@ class LeaseTable:
     # ── time ─────────────────────────────────────────────────────────────────────────────────────
 
     def tick(self, now_ms: int) -> list[LeaseEffect]:
-        """Cut stalled readers; end expired leases that nobody reads."""
+        """Cut stalled readers; let go of leases that nobody reads, end those that expired."""
         effects: list[LeaseEffect] = []
         for lease in list(self._leases.values()):
             if lease.state is LeaseState.CLOSING:
@@ -270,7 +275,13 @@ class LeaseTable:
             if idle and lease.ticket.expires_at_ms <= now_ms:
                 effects += self.release(lease.leg)
                 effects.append(LeaseEnded(lease.leg, Cause.TICKET_EXPIRED))
+            elif idle and self._is_forgotten(lease, now_ms):
+                effects += self._retain(lease)
         return effects
+
+    def _is_forgotten(self, lease: _Lease, now_ms: int) -> bool:
+        complete = lease.first_tokens is not None
+        return complete and now_ms - lease.idle_since_ms > self._idle_ms
 
     # ── transitions ──────────────────────────────────────────────────────────────────────────────
 
@@ -290,7 +301,10 @@ class LeaseTable:
         )
 
     def _retain_if_read(self, lease: _Lease) -> list[LeaseEffect]:
-        if lease.state is not LeaseState.PINNED or lease.attachments or not lease.was_read:
+        return self._retain(lease) if lease.was_read and not lease.attachments else []
+
+    def _retain(self, lease: _Lease) -> list[LeaseEffect]:
+        if lease.state is not LeaseState.PINNED:
             return []
         lease.state = LeaseState.RETAINED
         self._unpin_blocks(lease)
@@ -337,7 +351,7 @@ class LeaseTable:
             assert all(self._by_key[key] is lease for key in lease.pending)
             if lease.state in (LeaseState.RETAINED, LeaseState.PINNING):
                 assert not lease.attachments
-                assert lease.was_read
+                assert lease.was_read or lease.first_tokens is not None
             if lease.state is LeaseState.CLOSING:
                 assert lease.attachments
                 assert all(a.is_cut for a in lease.attachments.values())

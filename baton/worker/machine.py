@@ -61,11 +61,12 @@ from baton.worker.producer import ProducerSide
 
 FORGET_LEG_MS = 60_000  # longer than anything about a dead leg can still be under way
 MAX_REMEMBERED_LEGS = 100_000
+MAX_TICK_MS = 1_000  # what one tick adds to a silence: our own pause is nobody's death
 
 
 @dataclass(slots=True)
 class _Session:
-    heard_at_ms: int
+    silence_ms: int = 0
 
 
 class WorkerMachine:
@@ -99,6 +100,7 @@ class WorkerMachine:
             policy.role, free_blocks=info.num_blocks, total_blocks=info.num_blocks
         )
         self._step_at_ms: int | None = None
+        self._ticked_at_ms = 0
         self._role = policy.role
         self._draining = False
 
@@ -134,7 +136,7 @@ class WorkerMachine:
     # ── sessions ─────────────────────────────────────────────────────────────────────────────────
 
     def session_opened(self, session: SessionId, now_ms: int) -> list[Effect]:
-        self._sessions[session] = _Session(now_ms)
+        self._sessions[session] = _Session()
         return [Send(session, Hello(replace(self._info, role=self._role)))]
 
     def session_lost(self, session: SessionId, now_ms: int) -> list[Effect]:
@@ -150,7 +152,7 @@ class WorkerMachine:
         known = self._sessions.get(session)
         if known is None:
             return []
-        known.heard_at_ms = now_ms
+        known.silence_ms = 0
         if isinstance(message, Heartbeat):
             beat = StepBatch((), self.snapshot(now_ms), heartbeat_seq=message.seq)
             return [Send(session, beat)]
@@ -266,7 +268,7 @@ class WorkerMachine:
         self.producer.leases.done(epoch)
 
     def attachment_closed(self, epoch: int, now_ms: int) -> list[Effect]:
-        self.producer.attachment_closed(epoch)
+        self.producer.attachment_closed(epoch, now_ms)
         return self._flush(now_ms)
 
     def fetch_progress(self, leg: LegId, now_ms: int) -> None:
@@ -294,9 +296,11 @@ class WorkerMachine:
         self.consumer.tick(now_ms)
         self._forget_legs(now_ms)
         effects = self._flush(now_ms)
-        limit_ms = self._policy.session_timeout_ms
+        elapsed_ms = min(now_ms - self._ticked_at_ms, MAX_TICK_MS)
+        self._ticked_at_ms = now_ms
         for session, known in list(self._sessions.items()):
-            if now_ms - known.heard_at_ms > limit_ms:
+            known.silence_ms += elapsed_ms
+            if known.silence_ms > self._policy.session_timeout_ms:
                 effects += self.session_lost(session, now_ms)
                 effects.append(CloseSession(session, Cause.SESSION_LOST, "no heartbeat"))
         return effects

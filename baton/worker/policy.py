@@ -10,7 +10,8 @@ from baton.types import Role
 class WorkerPolicy:
     role: Role = Role.BOTH
     lease_watermark: float = 0.8  # of all blocks; beyond it a prefill is refused with NoRoom
-    lease_ttl_ms: int = 300_000  # of a ticket; the gateway releases long before
+    lease_ttl_ms: int = 600_000  # of a ticket; the gateway releases long before
+    lease_idle_ms: int = 30_000  # how long complete KV that nobody reads stays out of eviction
     attachment_stall_ms: int = 5_000  # how long a consumer may leave ready KV untaken
     fetch_stall_ms: int = 60_000  # how long a fetch may bring nothing, the producer computing
     decide_ms: int = 5_000  # how long a failed fetch waits for the gateway's decision

@@ -79,7 +79,7 @@ class ProducerSide:
         self._outbox = outbox
         self._random_id = random_id
         self._legs: dict[LegId, _PrefillLeg] = {}
-        self.leases = LeaseTable(first_epoch, policy.attachment_stall_ms)
+        self.leases = LeaseTable(first_epoch, policy.attachment_stall_ms, policy.lease_idle_ms)
 
     def __len__(self) -> int:
         return len(self._legs)
@@ -255,8 +255,8 @@ class ProducerSide:
         start = fetch.range.token_start
         self._carry_out(self.leases.attach(key, fetch.ticket.transfer_id, start, now_ms))
 
-    def attachment_closed(self, epoch: int) -> None:
-        self._carry_out(self.leases.closed(epoch))
+    def attachment_closed(self, epoch: int, now_ms: int) -> None:
+        self._carry_out(self.leases.closed(epoch, now_ms))
 
     def tick(self, now_ms: int) -> None:
         self._carry_out(self.leases.tick(now_ms))

@@ -38,6 +38,7 @@ from baton.types import (
 NUM_TOKENS = 64
 TTL_MS = 1000
 STALL_MS = 200
+IDLE_MS = 400
 LAYOUT = KVLayout((KVGroup(KVKind.FULL, 2, 1, 4, "float32"),), block_size=16)
 TICKET = KVTicket(
     transfer_id=bytes(16),
@@ -67,7 +68,7 @@ class LeaseWorld(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = LeaseTable(first_epoch=2**64 - 3, stall_ms=STALL_MS)
+        self.table = LeaseTable(first_epoch=2**64 - 3, stall_ms=STALL_MS, idle_ms=IDLE_MS)
         self.now_ms = 0
         self.num_legs = 0
         self.num_keys = 0
@@ -162,7 +163,7 @@ class LeaseWorld(RuleBasedStateMachine):
         if done:
             self.table.done(epoch)
         del self.readers[epoch]
-        self.carry_out(self.table.closed(epoch))
+        self.carry_out(self.table.closed(epoch, self.now_ms))
 
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
@@ -227,7 +228,7 @@ class LeaseWorld(RuleBasedStateMachine):
         assert set(self.readers) == self.cut & set(self.readers)
         for epoch in sorted(self.readers):
             del self.readers[epoch]
-            self.carry_out(self.table.closed(epoch))
+            self.carry_out(self.table.closed(epoch, self.now_ms))
         while self.to_engine:
             self.engine_applies_one()
         assert self.engine == {}
@@ -244,7 +245,7 @@ LEG = LegId("r", 1)
 
 @pytest.fixture
 def table() -> LeaseTable:
-    table = LeaseTable(first_epoch=41, stall_ms=STALL_MS)
+    table = LeaseTable(first_epoch=41, stall_ms=STALL_MS, idle_ms=IDLE_MS)
     table.open(LEG, TICKET, BLOCKS, 16)
     return table
 
@@ -258,7 +259,7 @@ def granted(effects: list[LeaseEffect]) -> AttachGranted:
 def test_a_read_lease_is_retained_and_pinned_again(table: LeaseTable) -> None:
     epoch = granted(table.attach(1, TICKET.transfer_id, 0, 0)).epoch
     table.done(epoch)
-    assert table.closed(epoch) == [RetainLease(LEG)]
+    assert table.closed(epoch, 0) == [RetainLease(LEG)]
     assert table.num_pinned_blocks == 0
     assert table.attach(2, TICKET.transfer_id, 0, 0) == [PinLease(LEG)]
     assert table.num_pinned_blocks == len(BLOCKS)
@@ -267,7 +268,7 @@ def test_a_read_lease_is_retained_and_pinned_again(table: LeaseTable) -> None:
 
 def test_a_lease_that_was_not_read_to_the_end_stays_pinned(table: LeaseTable) -> None:
     epoch = granted(table.attach(1, TICKET.transfer_id, 0, 0)).epoch
-    assert table.closed(epoch) == []
+    assert table.closed(epoch, 0) == []
     assert table.state(LEG) is LeaseState.PINNED
 
 
@@ -275,8 +276,8 @@ def test_a_second_consumer_attaches_beside_a_paused_one(table: LeaseTable) -> No
     paused = granted(table.attach(1, TICKET.transfer_id, 0, 0)).epoch
     second = granted(table.attach(2, TICKET.transfer_id, 0, 0)).epoch
     table.done(second)
-    assert table.closed(second) == []  # the paused one still reads
-    assert table.closed(paused) == [RetainLease(LEG)]
+    assert table.closed(second, 0) == []  # the paused one still reads
+    assert table.closed(paused, 0) == [RetainLease(LEG)]
 
 
 def test_late_done_of_a_cut_attachment_changes_nothing(table: LeaseTable) -> None:
@@ -284,7 +285,7 @@ def test_late_done_of_a_cut_attachment_changes_nothing(table: LeaseTable) -> Non
     (cut,) = table.tick(STALL_MS + 1)
     assert cut == CutAttachment(epoch, Cause.TRANSFER_STALLED, "no progress")
     table.done(epoch)
-    assert table.closed(epoch) == []
+    assert table.closed(epoch, 0) == []
     assert table.state(LEG) is LeaseState.PINNED
 
 
@@ -304,7 +305,7 @@ def test_expiry_spares_a_reader_that_makes_progress(table: LeaseTable) -> None:
     refused = table.attach(2, TICKET.transfer_id, 0, TTL_MS + 1)
     assert refused == [AttachRefused(2, Cause.TICKET_EXPIRED, "the ticket has expired")]
     table.done(epoch)
-    table.closed(epoch)
+    table.closed(epoch, TTL_MS + 1)
     assert table.tick(TTL_MS + 2) == [
         DropLease(LEG, in_flight=False),
         LeaseEnded(LEG, Cause.TICKET_EXPIRED),
@@ -317,14 +318,14 @@ def test_release_under_a_reader_waits_for_it(table: LeaseTable) -> None:
     assert isinstance(cut, CutAttachment)
     assert drop == DropLease(LEG, in_flight=True)
     assert table.release(LEG) == []
-    assert table.closed(epoch) == [QuiesceLease(LEG)]
+    assert table.closed(epoch, 0) == [QuiesceLease(LEG)]
     assert len(table) == 0
 
 
 def test_eviction_refuses_who_waited_for_the_pin(table: LeaseTable) -> None:
     epoch = granted(table.attach(1, TICKET.transfer_id, 0, 0)).epoch
     table.done(epoch)
-    table.closed(epoch)
+    table.closed(epoch, 0)
     table.attach(2, TICKET.transfer_id, 0, 0)
     assert table.evicted(LEG) == [
         AttachRefused(2, Cause.LEASE_UNKNOWN, "the KV was evicted"),
@@ -335,14 +336,14 @@ def test_eviction_refuses_who_waited_for_the_pin(table: LeaseTable) -> None:
 def test_an_unknown_epoch_changes_nothing(table: LeaseTable) -> None:
     table.progress(7, 1, 0)
     table.done(7)
-    assert table.closed(7) == []
+    assert table.closed(7, 0) == []
     assert table.state(LEG) is LeaseState.PINNED
 
 
 def test_nobody_waits_for_the_pin_any_more(table: LeaseTable) -> None:
     epoch = granted(table.attach(1, TICKET.transfer_id, 0, 0)).epoch
     table.done(epoch)
-    table.closed(epoch)
+    table.closed(epoch, 0)
     table.attach(2, TICKET.transfer_id, 0, 0)
     table.cancel_attach(2)
     assert table.pinned(LEG, 0) == [RetainLease(LEG)]

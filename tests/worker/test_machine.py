@@ -219,11 +219,18 @@ def test_a_heartbeat_is_answered_with_the_load(machine: WorkerMachine) -> None:
 
 def test_a_silent_session_is_closed_and_its_legs_aborted(machine: WorkerMachine) -> None:
     machine.receive(S1, Submit(P, request()), 0)
-    assert machine.tick(2_500) == []
+    assert machine.tick(500) == machine.tick(1_500) == machine.tick(2_500) == []
     effects = machine.tick(2_501)
     assert posted(effects) == [commands.Abort(P)]
     assert only(effects, CloseSession).session == S1
     assert machine.is_idle
+
+
+def test_a_pause_of_the_worker_itself_is_nobodys_silence(machine: WorkerMachine) -> None:
+    machine.tick(100)
+    assert machine.tick(60_000) == []
+    machine.receive(S1, Heartbeat(1), 60_001)
+    assert machine.tick(61_000) == []
 
 
 def test_a_lost_session_takes_everything_with_it(machine: WorkerMachine) -> None:
@@ -379,6 +386,15 @@ def test_an_expired_lease_ends_by_itself(machine: WorkerMachine) -> None:
     effects = machine.tick(now_ms)
     assert posted(effects) == [commands.Abort(P)]  # it was not computed yet
     assert told(effects) == [LeaseLost(P, Cause.TICKET_EXPIRED)]
+
+
+def test_complete_kv_that_nobody_reads_may_be_evicted(machine: WorkerMachine) -> None:
+    ticket = admit(machine)
+    step(machine, token(P, 9), now_ms=100)
+    limit_ms = 100 + WorkerPolicy().lease_idle_ms
+    assert posted(machine.tick(limit_ms)) == []
+    assert posted(machine.tick(limit_ms + 1)) == [commands.Retain(P)]
+    assert posted(machine.attach(1, fetch_open(ticket), limit_ms + 2)) == [commands.Pin(P)]
 
 
 def test_above_the_lease_watermark_there_is_no_room() -> None:
