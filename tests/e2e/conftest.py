@@ -1,0 +1,66 @@
+"""Real fleets, and the aggregated engine that says which tokens are right."""
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from baton import LLM, SamplingParams
+from baton.config import ServeConfig
+
+DEMO_MODEL = ServeConfig().model_source
+
+# importlib mode gives test modules no package to import each other from.
+_spec = importlib.util.spec_from_file_location("harness", Path(__file__).with_name("harness.py"))
+assert _spec is not None
+assert _spec.loader is not None
+harness: ModuleType = importlib.util.module_from_spec(_spec)
+sys.modules["harness"] = harness
+_spec.loader.exec_module(harness)
+
+# Token equality is promised in this mode, and shown in it.
+EXACT = {"BATON_BATCH_INVARIANT": "true", "BATON_DTYPE": "float32", "BATON_MAX_MODEL_LEN": "1024"}
+SMALL = {"BATON_KV_CACHE_MEMORY_BYTES": "32MiB", "BATON_MAX_NUM_BATCHED_TOKENS": "128"}
+
+Fleet = harness.FleetUnderTest
+FleetMaker = Callable[..., AbstractContextManager[Fleet]]
+
+
+@contextmanager
+def start_fleet(*workers: str, **env: str) -> Iterator[Fleet]:
+    with harness.new_directory() as directory:
+        fleet = Fleet(Path(directory), DEMO_MODEL, {**EXACT, **SMALL, **env})
+        try:
+            yield fleet.start(*workers)
+        finally:
+            fleet.close()
+
+
+@pytest.fixture(scope="session")
+def make_fleet() -> FleetMaker:
+    """`with make_fleet("prefill-0", "decode-0", BATON_…="…") as fleet:`"""
+    return start_fleet
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Iterator[Callable[[list[int], SamplingParams], dict[int, list[int]]]]:
+    """The same request in one process, alone: choice → token ids."""
+    llm = LLM(
+        DEMO_MODEL,
+        dtype="float32",
+        max_model_len=1024,
+        batch_invariant=True,
+        kv_cache_memory_bytes=32 << 20,
+        enable_prefix_caching=False,
+    )
+
+    def generate(prompt_token_ids: list[int], params: SamplingParams) -> dict[int, list[int]]:
+        (output,) = llm.generate([prompt_token_ids], params, use_tqdm=False)
+        return {choice.index: list(choice.token_ids) for choice in output.outputs}
+
+    yield generate
+    llm.close()

@@ -1,0 +1,198 @@
+"""Workers, gateways and Redis are killed, stopped and restarted under a stream: no wrong token, no
+error that a client could have been spared, no leak, no hang.
+"""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from baton import SamplingParams
+
+BODY = {"temperature": 1.0, "seed": 11, "max_tokens": 48, "ignore_eos": True}
+MAX_SILENCE_S = 8.0  # heartbeat loss is noticed at 2.5 s; the rest is this machine's two cores
+
+
+def prompt(seed: int, length: int = 120) -> list[int]:
+    return [(seed * 131 + i * 17 + i * i) % 1900 + 20 for i in range(length)]
+
+
+def params(**changes: Any) -> SamplingParams:
+    return SamplingParams(**{**BODY, **changes})
+
+
+@pytest.fixture
+def fleet(make_fleet) -> Iterator[Any]:
+    with make_fleet("prefill-0", "prefill-1", "decode-0", "decode-1") as running:
+        running.wait_workers("prefill-0", "prefill-1", "decode-0", "decode-1")
+        yield running
+
+
+def busy_worker(fleet, role: str) -> str:
+    """The worker of this role that runs the only request."""
+    for worker in fleet.cluster()["workers"]:
+        load = worker["load"]
+        if worker["role"] == role and (load["num_running"] or load["num_leases"]):
+            return str(worker["worker_id"])
+    raise AssertionError(f"no busy {role} worker: {fleet.cluster()}")
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_a_decode_worker_is_lost_midway(fleet, oracle, how: str) -> None:
+    victims: list[str] = []
+
+    def strike(count: int) -> None:
+        if count >= 12 and not victims:
+            victims.append(busy_worker(fleet, "decode"))
+            getattr(fleet, how)(victims[0])
+
+    result = fleet.complete({"prompt": prompt(1), **BODY}, strike)
+    assert victims
+    assert result.error is None
+    assert result.token_ids == oracle(prompt(1), params())
+    assert result.longest_silence_s < MAX_SILENCE_S
+    if how == "stop":
+        fleet.cont(victims[0])
+    else:
+        fleet.start_worker(victims[0])
+    fleet.wait_workers("decode-0", "decode-1")
+    fleet.assert_no_leak()
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_a_prefill_worker_is_lost_after_the_hand_over(fleet, oracle, how: str) -> None:
+    victims: list[str] = []
+
+    def strike(count: int) -> None:
+        if count >= 12 and not victims:
+            victims.append(busy_worker(fleet, "prefill"))
+            getattr(fleet, how)(victims[0])
+
+    result = fleet.complete({"prompt": prompt(2), **BODY, "n": 2}, strike)
+    assert victims
+    assert result.token_ids == oracle(prompt(2), params(n=2))
+    if how == "stop":
+        fleet.cont(victims[0])
+    fleet.assert_no_leak()
+
+
+def test_all_prefill_workers_gone_decode_workers_prefill(fleet, oracle) -> None:
+    fleet.kill("prefill-0")
+    fleet.kill("prefill-1")
+    before = fleet.metric("baton_local_prefills_total")
+    result = fleet.complete({"prompt": prompt(3), **BODY})
+    assert result.token_ids == oracle(prompt(3), params())
+    assert fleet.metric("baton_local_prefills_total") == before + 1
+    fleet.assert_no_leak()
+
+
+def test_all_decode_workers_gone_prefill_workers_decode(fleet, oracle) -> None:
+    fleet.kill("decode-0")
+    fleet.kill("decode-1")
+    result = fleet.complete({"prompt": prompt(4), **BODY})
+    assert result.token_ids == oracle(prompt(4), params())
+    fleet.assert_no_leak()
+
+
+def test_everything_gone_is_503_with_retry_after_at_once(fleet) -> None:
+    for name in ("prefill-0", "prefill-1", "decode-0", "decode-1"):
+        fleet.kill(name)
+    import time
+
+    deadline = time.monotonic() + 10
+    status = 200
+    while status == 200 and time.monotonic() < deadline:
+        answer = fleet.client.post("/v1/completions", json={"prompt": prompt(5), **BODY})
+        status = answer.status_code
+    assert status == 503
+    assert int(answer.headers["retry-after"]) >= 1
+    assert answer.json()["error"]["type"]
+
+
+def test_redis_dies_and_comes_back_empty(fleet, oracle) -> None:
+    fleet.kill("redis")
+    result = fleet.complete({"prompt": prompt(6), **BODY})
+    assert result.token_ids == oracle(prompt(6), params())
+    fleet.start_redis()
+    result = fleet.complete({"prompt": prompt(7), **BODY})
+    assert result.token_ids == oracle(prompt(7), params())
+    fleet.start_worker("decode-2")  # a newcomer is found: membership works again
+    fleet.wait_workers("decode-2", "prefill-0", "decode-0")
+    fleet.assert_no_leak()
+
+
+def test_a_client_that_leaves_frees_everything(fleet) -> None:
+    for num_lines in (0, 1, 10):
+        body = {"prompt": prompt(8 + num_lines, 400), **BODY, "max_tokens": 500, "stream": True}
+        with fleet.client.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            for _ in range(num_lines):
+                next(lines)
+    fleet.assert_no_leak(timeout_s=10)
+
+
+def test_the_gateway_is_killed_under_streams_and_workers_clean_up(fleet) -> None:
+    started = threading.Barrier(5)
+
+    def stream(i: int) -> None:
+        body = {"prompt": prompt(20 + i), **BODY, "max_tokens": 800, "stream": True}
+        try:
+            with fleet.client.stream("POST", "/v1/completions", json=body) as response:
+                next(response.iter_lines())
+                started.wait(30)
+                for _ in response.iter_lines():
+                    pass
+        except httpx.TransportError:
+            pass
+
+    threads = [threading.Thread(target=stream, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    started.wait(30)
+    fleet.kill("gateway")
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    fleet.start_gateway()
+    fleet.wait_ready()
+    fleet.wait_workers("prefill-0", "prefill-1", "decode-0", "decode-1")
+    fleet.assert_no_leak()
+
+
+def test_a_worker_restarts_on_the_same_port(make_fleet, oracle) -> None:
+    import harness
+
+    port = str(harness.free_port())
+    with make_fleet("decode-0") as fleet:
+        fleet.start_worker("prefill-0", BATON_WORKER_PORT=port)
+        fleet.wait_workers("prefill-0", "decode-0")
+        first = fleet.complete({"prompt": prompt(30), **BODY})
+        fleet.kill("prefill-0")
+        fleet.start_worker("prefill-0", BATON_WORKER_PORT=port)
+        fleet.wait_workers("prefill-0")
+        before = fleet.metric("baton_remote_prefills_total")
+        second = fleet.complete({"prompt": prompt(31), **BODY})
+        assert first.token_ids == oracle(prompt(30), params())
+        assert second.token_ids == oracle(prompt(31), params())
+        assert fleet.metric("baton_remote_prefills_total") == before + 1
+        fleet.assert_no_leak()
+
+
+def test_a_worker_told_to_end_drains(fleet, oracle) -> None:
+    codes: list[int] = []
+    thread: list[threading.Thread] = []
+
+    def drain(count: int) -> None:
+        if count >= 8 and not thread:
+            name = busy_worker(fleet, "decode")
+            thread.append(threading.Thread(target=lambda: codes.append(fleet.terminate(name))))
+            thread[0].start()
+
+    result = fleet.complete({"prompt": prompt(40), **BODY, "max_tokens": 200}, drain)
+    thread[0].join(60)
+    assert codes == [0]
+    assert result.error is None
+    assert result.token_ids == oracle(prompt(40), params(max_tokens=200))
+    fleet.assert_no_leak()
