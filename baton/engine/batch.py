@@ -71,5 +71,5 @@ class Runner(Protocol):
 
     def run(self, batch: Batch) -> dict[int, tuple[Sampled, ...]]:
         """row_id → one Sampled per entry of the row's `samples`, in order; rows without samples are
-        absent."""
+        absent, unless what they computed is not finite: then they have one Sampled(-1)."""
         ...

@@ -1,0 +1,85 @@
+"""What the machine offers: device, dtype, and memory for the KV pool."""
+
+from pathlib import Path
+
+import torch
+
+from baton.engine.model_config import ModelConfig
+from baton.engine.runner_config import RunnerConfig
+from baton.errors import InvalidRequest
+
+_MAX_CPU_POOL = 4 << 30  # bytes; pages are taken as blocks are used, so this is no cost up front
+_CPU_POOL_SHARE = 4  # of the memory that is available: a host runs several workers
+
+
+def select_device(name: str) -> torch.device:
+    """ "auto", "cpu", "cuda" or "cuda:1" → a device with its index.
+
+    Raises:
+        InvalidRequest: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise InvalidRequest(f"device {name} is not supported: cpu and cuda are", "device")
+    index = device.index or 0
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        raise InvalidRequest(f"device {name} is not available", "device")
+    return torch.device("cuda", index)
+
+
+def describe_device(device: torch.device) -> str:
+    """For the table that `baton serve` prints."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def select_dtype(name: str, config: ModelConfig) -> torch.dtype:
+    """The compute and KV dtype; "auto" = as stored, float32 where that is not said."""
+    return getattr(torch, config.dtype or "float32" if name == "auto" else name)  # type: ignore[no-any-return]
+
+
+def num_kv_blocks(
+    config: RunnerConfig, block_bytes: int, max_model_len: int, device: torch.device
+) -> int:
+    """How many blocks the pool gets, after the weights are in memory.
+
+    Without `kv_cache_memory_bytes`: on CUDA what `gpu_memory_utilization` leaves; on CPU a share of
+    the available memory, at most what `max_num_seqs` sequences of full length need.
+
+    Raises:
+        InvalidRequest: not even one block fits.
+    """
+    blocks_per_seq = -(-max_model_len // config.block_size)
+    if config.kv_cache_memory_bytes is not None:
+        num_blocks = config.kv_cache_memory_bytes // block_bytes
+    elif device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        num_blocks = int(free - total * (1 - config.gpu_memory_utilization)) // block_bytes
+    else:
+        pool = min(available_memory() // _CPU_POOL_SHARE, _MAX_CPU_POOL)
+        num_blocks = min(pool // block_bytes, config.max_num_seqs * blocks_per_seq)
+    if num_blocks < 1:
+        raise InvalidRequest(
+            f"no room for a KV block of {block_bytes} bytes", "kv_cache_memory_bytes"
+        )
+    return num_blocks
+
+
+def available_memory() -> int:
+    """Bytes that this process can still take: the host's, or what its cgroup leaves."""
+    available = 0
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    cgroup = Path("/sys/fs/cgroup")
+    try:
+        limit = (cgroup / "memory.max").read_text(encoding="ascii").strip()
+        used = int((cgroup / "memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return available
+    return available if limit == "max" else min(available, max(0, int(limit) - used))

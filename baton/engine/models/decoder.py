@@ -1,0 +1,140 @@
+"""The decoder that Llama, Mistral, Qwen2 and Qwen3 share. What sets them apart is in
+`ModelConfig`: biases, normalised queries and keys, windows, RoPE scaling.
+
+    x ─► norm ─► q, k, v ─► rope ─► attention ─► o ─►(+x)─► norm ─► silu(gate) * up ─► down ─►(+x)
+
+Weights come from a `WeightSource` one tensor at a time and are handed on at once, so that no second
+copy of the model exists while it loads.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from baton.engine.layers.attention import StepAttention
+from baton.engine.layers.linear import Linear
+from baton.engine.layers.rotary import Rotary
+from baton.engine.model_config import ModelConfig
+from baton.kernels.rms_norm import rms_norm
+from baton.kernels.rope import rope
+
+
+class WeightSource(Protocol):
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The tensor of that name, in the model's dtype and on its device.
+
+        Raises:
+            InvalidRequest: it is missing or has another shape.
+        """
+        ...
+
+
+class Decoder:
+    """Token ids in, logits out. Holds weights and nothing that a step changes."""
+
+    def __init__(
+        self, config: ModelConfig, weights: WeightSource, max_len: int, device: torch.device
+    ) -> None:
+        vocabulary = (config.vocab_size, config.hidden_size)
+        self.config = config
+        self.embedding = weights.take("model.embed_tokens.weight", *vocabulary)
+        self.rotary = Rotary(config.rope, config.head_dim, max_len, device)
+        self.layers = [Layer(config, weights, index) for index in range(config.num_layers)]
+        self.norm = Norm(config, weights, "model.norm", config.hidden_size)
+        # Packing makes a second copy of a tied embedding: the table is read by row, the head whole.
+        head = self.embedding
+        if not config.tie_embeddings:
+            head = weights.take("lm_head.weight", *vocabulary)
+        self.head = Linear(head)
+
+    def hidden(self, token_ids: Tensor, positions: Tensor, attention: StepAttention) -> Tensor:
+        """[num_tokens] ids and positions, both int64 → [num_tokens, hidden_size], normalised."""
+        x = F.embedding(token_ids, self.embedding)
+        cos_sin = self.rotary(positions)
+        for layer in self.layers:
+            x = layer(x, cos_sin, attention)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[num_rows, hidden_size] → [num_rows, vocab_size]."""
+        return self.head(hidden)
+
+    def linears(self) -> list[Linear]:
+        """Every linear layer."""
+        of_layers = [
+            linear
+            for layer in self.layers
+            for linear in (layer.qkv, layer.o, layer.gate, layer.up, layer.down)
+        ]
+        return [*of_layers, self.head]
+
+
+class Layer:
+    def __init__(self, config: ModelConfig, weights: WeightSource, index: int) -> None:
+        prefix = f"model.layers.{index}"
+        self.index = index
+        self.head_dim = config.head_dim
+        self.head_counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.input_norm = Norm(config, weights, f"{prefix}.input_layernorm", config.hidden_size)
+        self.qkv = _load_qkv(config, weights, f"{prefix}.self_attn")
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = Norm(config, weights, f"{prefix}.self_attn.q_norm", config.head_dim)
+            self.k_norm = Norm(config, weights, f"{prefix}.self_attn.k_norm", config.head_dim)
+        q_size = config.num_heads * config.head_dim
+        o = f"{prefix}.self_attn.o_proj"
+        self.o = _load_linear(weights, o, config.hidden_size, q_size, config.o_bias)
+        post = f"{prefix}.post_attention_layernorm"
+        self.post_norm = Norm(config, weights, post, config.hidden_size)
+        wide, narrow, bias = config.intermediate_size, config.hidden_size, config.mlp_bias
+        self.gate = _load_linear(weights, f"{prefix}.mlp.gate_proj", wide, narrow, bias)
+        self.up = _load_linear(weights, f"{prefix}.mlp.up_proj", wide, narrow, bias)
+        self.down = _load_linear(weights, f"{prefix}.mlp.down_proj", narrow, wide, bias)
+
+    def __call__(self, x: Tensor, cos_sin: Tensor, attention: StepAttention) -> Tensor:
+        """x: [num_tokens, hidden_size], cos_sin as in `kernels.rope` → like x."""
+        heads = self.qkv(self.input_norm(x)).unflatten(1, (-1, self.head_dim))
+        q, k, v = heads.split(self.head_counts, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        seen = attention(self.index, rope(q, cos_sin), rope(k, cos_sin), v)
+        x = self.o.plus(seen, x)
+        normed = self.post_norm(x)
+        return self.down.plus(self.up.times(normed, self.gate.silu(normed)), x)
+
+
+class Norm:
+    def __init__(self, config: ModelConfig, weights: WeightSource, name: str, size: int) -> None:
+        self.weight = weights.take(f"{name}.weight", size)
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def _load_linear(
+    weights: WeightSource, name: str, out_features: int, in_features: int, bias: bool
+) -> Linear:
+    weight = weights.take(f"{name}.weight", out_features, in_features)
+    return Linear(weight, weights.take(f"{name}.bias", out_features) if bias else None)
+
+
+def _load_qkv(config: ModelConfig, weights: WeightSource, prefix: str) -> Linear:
+    """Queries, keys and values in one matrix: one GEMM instead of three."""
+    sizes = {
+        "q_proj": config.num_heads * config.head_dim,
+        "k_proj": config.num_kv_heads * config.head_dim,
+        "v_proj": config.num_kv_heads * config.head_dim,
+    }
+    weight = torch.cat(
+        [
+            weights.take(f"{prefix}.{n}.weight", size, config.hidden_size)
+            for n, size in sizes.items()
+        ]
+    )
+    if not config.qkv_bias:
+        return Linear(weight)
+    bias = torch.cat([weights.take(f"{prefix}.{n}.bias", size) for n, size in sizes.items()])
+    return Linear(weight, bias)

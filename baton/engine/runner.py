@@ -1,0 +1,133 @@
+"""The numerical half of an engine: a batch of rows in, sampled tokens out."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from baton.engine.batch import Batch, Sampled, ScheduledRow
+from baton.engine.kv_cache import KVCache
+from baton.engine.layers.attention import AttentionBackend
+from baton.engine.models.decoder import Decoder
+from baton.engine.sampler import Sampler
+from baton.kernels.paged_rows import PagedRow, query_slots
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the rest of an engine and a registration need to know about the model."""
+
+    name: str
+    fingerprint: bytes  # 32 bytes
+    max_model_len: int
+    vocab_size: int
+    num_layers: int
+    eos_token_ids: tuple[int, ...]
+    batch_invariant: bool
+    device: str
+
+
+class ModelRunner:
+    """Implements `baton.engine.batch.Runner`. Made by `baton.engine.loader.load_runner`.
+
+    Touched by one thread only. `kv_cache` is the pool that transports read and write between steps.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        model: Decoder,
+        kv_cache: KVCache,
+        attention: AttentionBackend,
+        sampler: Sampler,
+    ) -> None:
+        self.info = info
+        self.kv_cache = kv_cache
+        self._model = model
+        self._attention = attention
+        self._sampler = sampler
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> dict[int, tuple[Sampled, ...]]:
+        """See `baton.engine.batch.Runner`."""
+        self.kv_cache.copy_blocks(batch.copies)
+        if not batch.rows:
+            return {}
+        # The CUDA kernels take rows with one token first; sampling does not mind the order.
+        rows = sorted(batch.rows, key=lambda row: len(row.token_ids) > 1)
+        hidden = self._forward(rows)
+        results = self._refuse_broken(rows, hidden)
+        sampling = [i for i, row in enumerate(rows) if row.samples and row.row_id not in results]
+        if sampling:
+            logits = self._model.logits(hidden[_last_tokens(rows, sampling, hidden.device)])
+            requests = [rows[index].samples for index in sampling]
+            for index, sampled in zip(
+                sampling, self._sampler.sample(logits, requests), strict=True
+            ):
+                results[rows[index].row_id] = sampled
+        return results
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """[num_tokens, hidden_size] of all tokens of all rows, in the batch's order; no sampling.
+
+        For tests and benchmarks; `run` is what an engine calls.
+        """
+        with torch.inference_mode():
+            self.kv_cache.copy_blocks(batch.copies)
+            return self._forward(batch.rows)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[num_rows, hidden_size] → [num_rows, vocab_size]."""
+        with torch.inference_mode():
+            return self._model.logits(hidden)
+
+    def close(self) -> None:
+        """Idempotent; the pool's memory goes when nobody maps it any more."""
+        self.kv_cache.close()
+
+    def _refuse_broken(
+        self, rows: Sequence[ScheduledRow], hidden: Tensor
+    ) -> dict[int, tuple[Sampled, ...]]:
+        """Answers for rows with a token whose hidden state is not finite; clears their new KV.
+
+        No infinity stays in the pool: attention may read stale slots, masked, and a masked infinity
+        is still a NaN.
+        """
+        is_finite = hidden.sum(dim=1, dtype=torch.float32).isfinite()
+        if is_finite.all():
+            return {}
+        results, end = {}, 0
+        for row in rows:
+            start, end = end, end + len(row.token_ids)
+            if not is_finite[start:end].all():
+                slots = list(query_slots([_paged(row)], self.kv_cache.block_size))
+                self.kv_cache.tensor.flatten(2, 3)[:, :, slots] = 0
+                results[row.row_id] = (Sampled(-1),) * max(1, len(row.samples))
+        return results
+
+    def _forward(self, rows: Sequence[ScheduledRow]) -> Tensor:
+        device = self.kv_cache.tensor.device
+        token_ids = [token_id for row in rows for token_id in row.token_ids]
+        positions = [p for row in rows for p in range(row.start, row.num_context_tokens)]
+        inputs = torch.tensor((token_ids, positions)).to(device, non_blocking=True)
+        plan = self._attention.plan([_paged(row) for row in rows])
+        return self._model.hidden(inputs[0], inputs[1], plan)
+
+
+def _paged(row: ScheduledRow) -> PagedRow:
+    return PagedRow(row.start, len(row.token_ids), row.block_ids)
+
+
+def _last_tokens(
+    rows: Sequence[ScheduledRow], sampling: Sequence[int], device: torch.device
+) -> Tensor:
+    """[len(sampling)] int64: where each sampling row's last token is among all tokens."""
+    ends, end = [], 0
+    for row in rows:
+        end += len(row.token_ids)
+        ends.append(end - 1)
+    return torch.tensor([ends[index] for index in sampling], device=device)
