@@ -1,6 +1,7 @@
 """Fixtures that several rooms use."""
 
 import asyncio
+import json
 import os
 import subprocess
 import tempfile
@@ -65,3 +66,66 @@ def until() -> Until:
                 await asyncio.sleep(0.02)
 
     return wait
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in Hugging Face layout: a random Llama of 2 layers in float32 and a byte-level
+    tokenizer whose ids 0…255 are bytes. EOS is the last id."""
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    vocab = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|user|>", "<|end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
+    hidden, mlp, kv, vocab_size = 64, 96, 32, len(vocab) + 2
+    files = {
+        "tokenizer_config": {"eos_token": "<|end|>", "chat_template": template},
+        "generation_config": {"eos_token_id": vocab_size - 1, "temperature": 0.8, "top_k": 50},
+        "config": {
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_size": hidden,
+            "intermediate_size": mlp,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": vocab_size,
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": False,
+            "dtype": "float32",
+        },
+    }
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    shapes = {"model.embed_tokens": (vocab_size, hidden), "lm_head": (vocab_size, hidden)}
+    for layer in range(2):
+        prefix = f"model.layers.{layer}"
+        shapes |= {
+            f"{prefix}.self_attn.q_proj": (hidden, hidden),
+            f"{prefix}.self_attn.k_proj": (kv, hidden),
+            f"{prefix}.self_attn.v_proj": (kv, hidden),
+            f"{prefix}.self_attn.o_proj": (hidden, hidden),
+            f"{prefix}.mlp.gate_proj": (mlp, hidden),
+            f"{prefix}.mlp.up_proj": (mlp, hidden),
+            f"{prefix}.mlp.down_proj": (hidden, mlp),
+            f"{prefix}.input_layernorm": (hidden,),
+            f"{prefix}.post_attention_layernorm": (hidden,),
+        }
+    shapes["model.norm"] = (hidden,)
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        f"{name}.weight": torch.randn(shape, generator=generator) * 0.15
+        if len(shape) == 2
+        else torch.ones(shape)
+        for name, shape in shapes.items()
+    }
+    save_file(weights, str(folder / "model.safetensors"))
+    return folder

@@ -1,0 +1,288 @@
+"""Offline inference: the whole engine in this process, prefill and decode in one place.
+
+    from baton import LLM, SamplingParams
+
+    with LLM("Qwen/Qwen3-0.6B") as llm:
+        for output in llm.generate(["def ", "import "], SamplingParams(max_tokens=32)):
+            print(output.outputs[0].text)
+
+Names and meanings are vLLM's. It is also the baseline that disaggregated serving must equal.
+"""
+
+import itertools
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self, TypedDict, Unpack
+
+import torch
+from tqdm import tqdm
+
+from baton.config import EngineSettings, ModelSettings
+from baton.engine.config import EngineConfig
+from baton.engine.core import EngineCore
+from baton.engine.loader import load_runner
+from baton.engine.runner_config import RunnerConfig
+from baton.errors import InvalidRequest
+from baton.offline import OfflineEngine
+from baton.outputs import RequestOutput
+from baton.text import Tokenizer
+from baton.types import Request, SamplingParams
+
+Prompt = (
+    str | Sequence[int] | Mapping[str, Any]
+)  # text, ids, {"prompt": …}, {"prompt_token_ids": …}
+Conversation = Sequence[Mapping[str, Any]]
+
+
+class LLMOptions(TypedDict, total=False):
+    """What `LLM` takes besides the model; meanings, bounds and defaults are the command line's."""
+
+    tokenizer: str
+    revision: str
+    load_format: str
+    dtype: str
+    device: str
+    seed: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    kv_cache_memory_bytes: int | str
+    gpu_memory_utilization: float
+    enable_prefix_caching: bool
+    batch_invariant: bool
+    threads: int
+
+
+class _Settings(ModelSettings, EngineSettings):
+    """Checks LLMOptions and fills in the defaults."""
+
+
+class LLM:
+    """A model, its KV pool and its tokenizer. Not thread-safe."""
+
+    def __init__(self, model: str | None = None, **options: Unpack[LLMOptions]) -> None:
+        """Load `model`, a directory or hub id; the bundled demo model if None.
+
+        `seed` also draws the seeds of requests that come without one, so a program that makes the
+        same calls gets the same tokens.
+
+        Raises:
+            ValueError: a bad option, or a tokenizer that cannot be used.
+            InvalidRequest: the checkpoint cannot be served.
+        """
+        settings = _Settings.model_validate({"model": model, **options})
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self._tokenizer = Tokenizer.from_pretrained(
+            settings.tokenizer_source, revision=settings.revision
+        )
+        self._runner = load_runner(_runner_config(settings))
+        info = self._runner.info
+        config = EngineConfig(
+            num_blocks=self._runner.kv_cache.num_blocks,
+            block_size=settings.block_size,
+            max_model_len=info.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=max(settings.max_num_batched_tokens, settings.max_num_seqs),
+            enable_prefix_caching=settings.enable_prefix_caching,
+            eos_token_ids=info.eos_token_ids,
+            vocab_size=info.vocab_size,
+            num_layers=info.num_layers,
+            fingerprint=info.fingerprint,
+        )
+        self._engine = OfflineEngine(EngineCore(config, self._runner), self._tokenizer)
+        self._seeds = random.Random(settings.seed)
+        self._request_ids = itertools.count()
+        self._is_open = True
+
+    # ── use ──────────────────────────────────────────────────────────────────────────────────────
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete one prompt or many; outputs in the order of the prompts.
+
+        `sampling_params`: one for all, or one per prompt; None = `get_default_sampling_params()`.
+
+        Raises:
+            InvalidRequest: a prompt or its parameters cannot be served; nothing was computed.
+            BatonError: the engine failed at a request; the others were given up.
+        """
+        if not self._is_open:
+            raise RuntimeError("this LLM is closed")
+        parsed = [self._parse(prompt) for prompt in _as_list(prompts)]
+        params = self._params(sampling_params, len(parsed))
+        requests = [
+            (self._request(ids, one), text) for (text, ids), one in zip(parsed, params, strict=True)
+        ]
+        with tqdm(
+            total=len(requests), desc="Generating", unit="prompt", disable=not use_tqdm
+        ) as bar:
+            rate = _Rate(bar)
+            return self._engine.run(requests, rate.add)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many, rendered with the model's chat template.
+
+        Raises:
+            InvalidRequest, BatonError: as `generate`, and when the template refuses the messages.
+        """
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations = [messages] if one else messages
+        prompts = [
+            self._tokenizer.render_chat(
+                conversation,  # type: ignore[arg-type]
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                variables=chat_template_kwargs,
+            )
+            for conversation in conversations
+        ]
+        encoded = [
+            {
+                "prompt": text,
+                "prompt_token_ids": self._tokenizer.encode(text, add_special_tokens=False),
+            }
+            for text in prompts
+        ]
+        return self.generate(encoded, sampling_params, use_tqdm=use_tqdm)
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The model's generation_config.json over the class's defaults."""
+        return SamplingParams(**self._tokenizer.sampling_defaults)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Give the memory back. Idempotent."""
+        if self._is_open:
+            self._is_open = False
+            self._runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # ── requests ─────────────────────────────────────────────────────────────────────────────────
+
+    def _parse(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
+        """(text, token ids); the text is None when only ids were given."""
+        match prompt:
+            case str():
+                return prompt, tuple(self._tokenizer.encode(prompt))
+            case {"prompt": str() as text, "prompt_token_ids": ids}:
+                return text, _token_ids(ids)
+            case {"prompt_token_ids": ids}:
+                return None, _token_ids(ids)
+            case {"prompt": str() as text}:
+                return text, tuple(self._tokenizer.encode(text))
+        return None, _token_ids(prompt)
+
+    def _params(
+        self, given: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+    ) -> Sequence[SamplingParams]:
+        if given is None:
+            given = self.get_default_sampling_params()
+        if isinstance(given, SamplingParams):
+            return [given] * num_prompts
+        if len(given) != num_prompts:
+            raise InvalidRequest(
+                f"{len(given)} sampling_params for {num_prompts} prompts", "sampling_params"
+            )
+        return given
+
+    def _request(self, prompt: tuple[int, ...], params: SamplingParams) -> Request:
+        """Checked; the seed drawn if there is none, max_tokens cut to what the model's length
+        leaves, as vLLM does."""
+        room = max(self._runner.info.max_model_len - len(prompt), 1)
+        max_tokens = min(room, params.max_tokens or room)
+        params = replace(
+            params,
+            seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
+            max_tokens=max_tokens,
+            min_tokens=min(params.min_tokens, max_tokens),
+        )
+        if "" in params.stop:
+            raise InvalidRequest("stop must not have an empty string", "stop")
+        request = Request(str(next(self._request_ids)), prompt, params)
+        self._engine.check(request)
+        return request
+
+
+class _Rate:
+    """Shows a progress bar's tokens per second."""
+
+    def __init__(self, bar: "tqdm[Any]") -> None:
+        self._bar = bar
+        self._num_input_tokens = self._num_output_tokens = 0
+
+    def add(self, output: RequestOutput) -> None:
+        self._num_input_tokens += len(output.prompt_token_ids)
+        self._num_output_tokens += sum(len(choice.token_ids) for choice in output.outputs)
+        seconds = max(self._bar.format_dict["elapsed"], 1e-9)
+        self._bar.set_postfix_str(
+            f"in {self._num_input_tokens / seconds:.0f} tok/s, "
+            f"out {self._num_output_tokens / seconds:.0f} tok/s",
+            refresh=False,
+        )
+        self._bar.update()
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return prompts  # type: ignore[return-value]
+
+
+def _token_ids(ids: object) -> tuple[int, ...]:
+    if not isinstance(ids, Sequence) or any(type(i) is not int for i in ids):
+        raise InvalidRequest(
+            "a prompt is a text, a list of token ids, or a mapping with `prompt` or "
+            "`prompt_token_ids`",
+            "prompt",
+        )
+    return tuple(ids)
+
+
+def _runner_config(settings: _Settings) -> RunnerConfig:
+    return RunnerConfig(
+        model=settings.model_source,
+        revision=settings.revision,
+        load_format=settings.load_format,
+        dtype=settings.dtype,
+        device=settings.device,
+        block_size=settings.block_size,
+        max_model_len=settings.max_model_len,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_num_seqs=settings.max_num_seqs,
+        kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        batch_invariant=settings.batch_invariant,
+        seed=settings.seed,
+    )

@@ -1,0 +1,35 @@
+"""What `LLM.generate` returns; names and shapes are vLLM's."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    logprob: float
+    rank: int | None  # 1 = the most likely
+    decoded_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One choice of one prompt."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None  # of the sampled tokens; None if no logprobs were asked for
+    logprobs: list[dict[int, Logprob]] | None  # per token: the sampled one and the most likely
+    finish_reason: str  # "stop" | "length"
+    stop_reason: int | str | None  # the stop id or stop string; None for EOS and length
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """One prompt with all its choices."""
+
+    request_id: str
+    prompt: str | None  # None when the prompt was token ids
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    num_cached_tokens: int  # prompt tokens whose KV was there already
