@@ -434,6 +434,7 @@ class RequestMachine:
             num_choices=len(lengths),
             num_output_tokens=max(lengths),
             max_new_tokens=max(max_tokens - min(lengths), 1),
+            total_len=len(self._request.prompt_token_ids) + max_tokens,
             fingerprint=self._fingerprint,
             avoid=frozenset(self._avoid),
         )

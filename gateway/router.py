@@ -38,7 +38,8 @@ class Need:
     prompt_len: int
     num_choices: int = 1  # still open
     num_output_tokens: int = 0  # committed, of the longest choice; recomputed where it resumes
-    max_new_tokens: int = 16  # of the longest choice
+    max_new_tokens: int = 16  # of the choice with most to go
+    total_len: int = 0  # prompt and max_tokens; 0 = the context and max_new_tokens
     hits: Mapping[str, int] = field(default_factory=dict)  # worker → tokens of its cached prefix
     fingerprint: bytes | None = None  # None = nothing of it was computed yet: any model version
     avoid: frozenset[str] = frozenset()  # refused or failed it a moment ago
@@ -59,6 +60,13 @@ class Need:
         prompt = num_blocks(self.prompt_len, block_size)
         per_choice = num_blocks(self.context_len, block_size) - prompt + 1
         return prompt + self.num_choices * per_choice
+
+    def whole_on(self, worker: Worker) -> int:
+        """Blocks without which it could never finish there; its other choices can take turns."""
+        total = self.total_len or self.context_len + self.max_new_tokens
+        longest = min(total, worker.info.max_model_len) - 1  # the last token is never run
+        whole = num_blocks(max(longest, self.prompt_len), worker.info.layout.block_size)
+        return max(whole, self.blocks_on(worker))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +101,7 @@ class Refusal:
 
 
 _FULL = Refusal(Cause.NO_ROOM, "every worker is full")
+_NEVER_FITS = Refusal(Cause.NEVER_FITS, "the request needs more KV blocks than any worker has")
 
 
 def plan(need: Need, fleet: Fleet, config: RouterConfig) -> RouteDecision | Refusal:
@@ -101,16 +110,19 @@ def plan(need: Need, fleet: Fleet, config: RouterConfig) -> RouteDecision | Refu
     if not usable:
         return _refusal(need, fleet)
     able = [worker for worker in usable if worker.worker_id not in need.avoid]
-    consumers = [worker for worker in usable if worker.role.can_decode]
+    consumers = [w for w in usable if w.role.can_decode and need.whole_on(w) <= w.info.num_blocks]
     if not consumers:
         # Nobody decodes: prefill workers do, rather than refuse.
-        alone = [_local(need, worker, fleet, "no decode worker") for worker in able]
+        finishers = [w for w in usable if need.whole_on(w) <= w.info.num_blocks]
+        if not finishers:
+            return _NEVER_FITS
+        alone = [_local(need, w, fleet, "no decode worker") for w in finishers if w in able]
         return min(alone, key=_order, default=_FULL)
     producers = [worker for worker in able if worker.role.can_prefill]
     pairs = _pairs(need, producers, consumers, fleet)
     remote = min(pairs, key=_order, default=None)
     # Without a remote route a short line at a full worker is better than waiting here.
-    here = [w for w in able if w.role.can_decode and (has_room(need, w) or _short_line(w))]
+    here = [w for w in consumers if w in able and (has_room(need, w) or _short_line(w))]
     if remote is None:
         alone = [_local(need, worker, fleet, "no prefill worker") for worker in here]
         return min(alone, key=_order, default=_FULL)
@@ -131,7 +143,8 @@ def pick_decode(
     able = [
         worker
         for worker in _usable(need, fleet)
-        if worker.role.can_decode and pair_conflict(source.info, worker.info) is None
+        if worker.role.can_decode and need.whole_on(worker) <= worker.info.num_blocks
+        if pair_conflict(source.info, worker.info) is None
     ]
     if not able:
         return Refusal(Cause.NO_WORKER, "no decode worker is up")
@@ -162,6 +175,7 @@ def local_ms(need: Need, worker: Worker, fleet: Fleet, num_cached_tokens: int) -
 
 def has_room(need: Need, worker: Worker) -> bool:
     needed = need.blocks_on(worker) - need.cached_on(worker) // worker.info.layout.block_size
+    needed += worker.snapshot.num_running  # who runs may need a block in the next step
     fits = worker.num_sequences + need.num_choices <= worker.info.max_num_seqs
     # A worker that has nothing to do never refuses for its number of sequences.
     return worker.free_blocks >= needed and (fits or worker.num_sequences == 0)
@@ -179,7 +193,7 @@ def _usable(need: Need, fleet: Fleet) -> Iterator[Worker]:
         if (
             worker.accepts
             and need.fingerprint in {None, worker.info.fingerprint}
-            and need.blocks_on(worker) <= worker.info.num_blocks
+            and num_blocks(need.prompt_len, worker.info.layout.block_size) <= worker.info.num_blocks
             and need.context_len < worker.info.max_model_len
         ):
             yield worker
@@ -193,7 +207,7 @@ def _refusal(need: Need, fleet: Fleet) -> Refusal:
     up = [worker for worker in fleet if worker.state is WorkerState.UP]
     accepting = [w for w in up if w.accepts and need.fingerprint in {None, w.info.fingerprint}]
     if accepting:
-        return Refusal(Cause.NEVER_FITS, "the request needs more KV blocks than any worker has")
+        return _NEVER_FITS
     if up:
         return Refusal(Cause.DRAINING, "every worker is draining or serves another model version")
     return Refusal(Cause.NO_WORKER, "no worker is up")
