@@ -11,14 +11,12 @@ from starlette.requests import ClientDisconnect
 
 import baton
 from baton.errors import BatonError, Cause
-from baton.gateway import chat, completions
+from baton.gateway import chat, cluster, completions, models
 from baton.gateway.accounting import outcome_of
 from baton.gateway.body import json_route
-from baton.gateway.cluster import cluster_router, refresh_fleet_gauges
 from baton.gateway.context import Context
 from baton.gateway.errors import ERROR_RESPONSES, api_error
 from baton.gateway.limits import Guard
-from baton.gateway.models import models_router
 
 Lifespan = Callable[[], AbstractAsyncContextManager[None]]
 
@@ -48,8 +46,8 @@ def create_app(context: Context, lifespan: Lifespan = _nothing) -> FastAPI:
     route_class = json_route(context.limits, _refusal_counter(context))
     app.include_router(completions.completions_router(context, route_class))
     app.include_router(chat.chat_router(context, route_class))
-    app.include_router(models_router(context))
-    app.include_router(cluster_router(context))
+    app.include_router(models.models_router(context))
+    app.include_router(cluster.cluster_router(context))
     _add_probes(app, context)
     for kind in (BatonError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _on_exception)
@@ -89,6 +87,6 @@ def _add_probes(app: FastAPI, context: Context) -> None:
 
     @app.get("/metrics", tags=["Operations"], response_class=Response)
     async def metrics() -> Response:
-        refresh_fleet_gauges(context.metrics, context.backend.topology())
+        cluster.refresh_fleet_gauges(context.metrics, context.backend.topology())
         body = generate_latest(context.metrics.registry)
         return Response(body, media_type=CONTENT_TYPE_LATEST)

@@ -1,11 +1,14 @@
 """Every refusal: status, OpenAI body, the field it names."""
 
+import asyncio
+import threading
 from typing import Any
 
 import httpx
 import pytest
 
 from baton.errors import BatonError, Cause, InvalidRequest
+from baton.text import TokenizerPool
 from tests.gateway.fakes import FakeBackend
 
 COMPLETIONS = "/v1/completions"
@@ -264,6 +267,42 @@ async def test_a_later_prompt_that_is_refused_ends_the_earlier_ones(
     error = error_of(await client.post(COMPLETIONS, json={"prompt": [[1], [2]]}), 400)
     assert error["code"] == "never_fits"
     assert [stream.aborted.is_set() for stream in backend.streams] == [True]
+
+
+async def test_when_one_prompt_of_several_fails_the_others_end(
+    client: httpx.AsyncClient, backend: FakeBackend
+) -> None:
+    def script(request: Any) -> Any:
+        if request.prompt_token_ids == (2,):
+            return [BatonError(Cause.WORKER_LOST, "gone")]
+        return [asyncio.Event()]
+
+    backend.script = script
+    body = {"prompt": [[1], [2], [3]], "stream": True}
+    error_of(await client.post(COMPLETIONS, json=body), Cause.WORKER_LOST.http_status)
+    assert [stream.aborted.is_set() for stream in backend.streams] == [True] * 3
+
+
+async def test_too_many_prompts_waiting_for_the_tokenizer(
+    client: httpx.AsyncClient,
+    backend: FakeBackend,
+    pool: TokenizerPool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    go_on = threading.Event()
+
+    def encode(text: str, **_: Any) -> list[int]:
+        assert go_on.wait(10)
+        return [1]
+
+    monkeypatch.setattr(pool.tokenizer, "encode", encode)
+    try:  # the fixture's pool takes 64
+        response = await client.post(COMPLETIONS, json={"prompt": ["a"] * 65})
+    finally:
+        go_on.set()
+    assert error_of(response, 429)["type"] == "rate_limit_exceeded"
+    assert int(response.headers["retry-after"]) > 0
+    assert not backend.streams
 
 
 async def test_routes(client: httpx.AsyncClient) -> None:
