@@ -179,10 +179,10 @@ class FleetUnderTest:
             workers = [w for w in self.cluster()["workers"] if w["state"] == "up"]
             return all(
                 w["kv_blocks"]["free"] == w["kv_blocks"]["total"]
-                and w["load"]["num_leases"] == 0
-                and w["load"]["num_running"] == 0
-                and w["load"]["num_waiting"] == 0
-                and w["load"]["num_waiting_for_kv"] == 0
+                and w["load"]["leases"] == 0
+                and w["load"]["running"] == 0
+                and w["load"]["waiting"] == 0
+                and w["load"]["waiting_for_kv"] == 0
                 for w in workers
             )
 

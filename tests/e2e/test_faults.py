@@ -34,7 +34,7 @@ def busy_worker(fleet, role: str) -> str:
     """The worker of this role that runs the only request."""
     for worker in fleet.cluster()["workers"]:
         load = worker["load"]
-        if worker["role"] == role and (load["num_running"] or load["num_leases"]):
+        if worker["role"] == role and (load["running"] or load["leases"]):
             return str(worker["worker_id"])
     raise AssertionError(f"no busy {role} worker: {fleet.cluster()}")
 
