@@ -14,7 +14,7 @@ from typing import Protocol
 
 from baton.errors import BatonError, Cause
 from baton.kvtransfer.base import Buffers, FetchOpen
-from baton.kvtransfer.frames import FrameWriter
+from baton.kvtransfer.frames import HEADER_BYTES, FrameWriter
 from baton.kvtransfer.memory import KVMemory
 from baton.types import BlockId, KVRange
 
@@ -183,7 +183,9 @@ class ExportAttachment:
             return await self._memory.run(self._pack, part)
 
     def _pack(self, part: KVRange) -> Buffers:
-        return self._writer.data(part, self._memory.pack(self._feed.block_ids, part))
+        return self._writer.data(
+            part, self._memory.pack(self._feed.block_ids, part, headroom_bytes=HEADER_BYTES)
+        )
 
     async def failed(self) -> BatonError:
         return await self._feed.failed()

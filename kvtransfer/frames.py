@@ -76,15 +76,30 @@ class Frame:
 
 
 def encode(kind: FrameKind, epoch: int, seq: int, where: KVRange, payload: memoryview) -> Buffers:
-    """The frame as (header, payload); the payload is not copied.
+    """The frame as (header, payload); the payload is not copied."""
+    header = bytearray(HEADER_BYTES)
+    _write_header(header, kind, epoch, seq, where, payload)
+    return (header, payload)
 
-    Args:
-        payload: contiguous bytes, (C-contiguous, itemsize 1).
 
-    Raises:
-        struct.error: a field does not fit; a caller's bug.
-    """
-    fields = _FIELDS.pack(
+def seal(frame: memoryview, kind: FrameKind, epoch: int, seq: int, where: KVRange) -> Buffers:
+    """The frame in one piece: its header is written in front of the payload, which begins at
+    HEADER_BYTES of `frame` already."""
+    _write_header(frame, kind, epoch, seq, where, frame[HEADER_BYTES:])
+    return (frame,)
+
+
+def _write_header(
+    out: bytearray | memoryview,
+    kind: FrameKind,
+    epoch: int,
+    seq: int,
+    where: KVRange,
+    payload: memoryview,
+) -> None:
+    _FIELDS.pack_into(
+        out,
+        0,
         _MAGIC,
         kind,
         0,
@@ -100,7 +115,8 @@ def encode(kind: FrameKind, epoch: int, seq: int, where: KVRange, payload: memor
         where.head_stop,
         0,
     )
-    return (fields + _CHECKSUM.pack(_checksum(fields, payload)), payload)
+    checksum = _checksum(memoryview(out)[:_CHECKSUM_OFFSET], payload)
+    _CHECKSUM.pack_into(out, _CHECKSUM_OFFSET, checksum)
 
 
 def decode(data: bytes | memoryview, max_frame_bytes: int = MAX_FRAME_BYTES) -> Frame:
@@ -144,16 +160,16 @@ class FrameWriter:
         self._epoch = epoch
         self._seq = 0
 
-    def data(self, where: KVRange, payload: memoryview) -> Buffers:
-        return self._next(FrameKind.DATA, where, payload)
+    def data(self, where: KVRange, frame: memoryview) -> Buffers:
+        """`frame` holds the payload from HEADER_BYTES on; the header is written into it."""
+        return seal(frame, FrameKind.DATA, self._epoch, self._next_seq(), where)
 
     def end(self, where: KVRange, payload: bytes) -> Buffers:
-        return self._next(FrameKind.END, where, memoryview(payload))
+        return encode(FrameKind.END, self._epoch, self._next_seq(), where, memoryview(payload))
 
-    def _next(self, kind: FrameKind, where: KVRange, payload: memoryview) -> Buffers:
-        frame = encode(kind, self._epoch, self._seq, where, payload)
+    def _next_seq(self) -> int:
         self._seq += 1
-        return frame
+        return self._seq - 1
 
 
 class FrameReader:

@@ -10,6 +10,8 @@ from baton.kvtransfer.base import Buffers, FetchOpen, FrameSink, FrameSource
 from baton.kvtransfer.pump import Credits, FetchScope, answer_in_time, serve, settle, take_frames
 from baton.types import TransferStats, TransportAddress
 
+_Item = tuple[int, int] | bytes | memoryview | BatonError
+
 
 class LocalNetwork:
     """The local transports that can reach one another, by address."""
@@ -97,7 +99,7 @@ class _Link:
         self.credits = Credits(initial_credit)
         self.done = asyncio.Event()
         # Bounded by the credit: the answer, frames, at most one error.
-        self._queue: asyncio.Queue[tuple[int, int] | bytes | BatonError] = asyncio.Queue()
+        self._queue: asyncio.Queue[_Item] = asyncio.Queue()
 
     # producer's side
 
@@ -105,7 +107,7 @@ class _Link:
         self._queue.put_nowait((epoch, num_ready_tokens))
 
     async def send(self, frame: Buffers) -> None:
-        self._queue.put_nowait(b"".join(frame))
+        self._queue.put_nowait(memoryview(frame[0]) if len(frame) == 1 else b"".join(frame))
 
     def fail(self, error: BatonError) -> None:
         self._queue.put_nowait(error)
@@ -117,16 +119,16 @@ class _Link:
         assert isinstance(item, tuple), "opened comes first"
         return item
 
-    async def frames(self) -> AsyncGenerator[bytes, None]:
+    async def frames(self) -> AsyncGenerator[bytes | memoryview, None]:
         while True:
             item = await self._next()
-            assert isinstance(item, bytes), "opened comes once"
+            assert not isinstance(item, tuple), "opened comes once"
             yield item
 
     async def give(self, num_frames: int) -> None:
         self.credits.give(num_frames)
 
-    async def _next(self) -> tuple[int, int] | bytes:
+    async def _next(self) -> tuple[int, int] | bytes | memoryview:
         item = await self._queue.get()
         if isinstance(item, BatonError):
             raise item

@@ -46,18 +46,19 @@ class KVMemory:
         """Payload size of a range."""
         return kv_pack.payload_bytes(self._kv_cache, where)
 
-    def pack(self, block_ids: Sequence[int], where: KVRange) -> memoryview:
-        """The payload of `where`, in fresh host memory."""
+    def pack(self, block_ids: Sequence[int], where: KVRange, headroom_bytes: int = 0) -> memoryview:
+        """The payload of `where` in fresh host memory, behind `headroom_bytes` that are left to
+        the caller."""
         num_bytes = self.num_bytes(where)
         if self._stream is None:
-            payload = np.empty(num_bytes, np.uint8).data
-            kv_pack.pack_kv(self._kv_cache, block_ids, where, payload)
-            return payload
+            buffer = np.empty(headroom_bytes + num_bytes, np.uint8).data
+            kv_pack.pack_kv(self._kv_cache, block_ids, where, buffer[headroom_bytes:])
+            return buffer
         with torch.cuda.stream(self._stream):
             packed = torch.empty(num_bytes, dtype=torch.uint8, device=self._kv_cache.device)
             kv_pack.pack_kv(self._kv_cache, block_ids, where, packed)
-            host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-            host.copy_(packed, non_blocking=True)
+            host = torch.empty(headroom_bytes + num_bytes, dtype=torch.uint8, pin_memory=True)
+            host[headroom_bytes:].copy_(packed, non_blocking=True)
         self._stream.synchronize()
         return host.numpy().data
 

@@ -1,6 +1,7 @@
 """How the producer cuts KV into frames, what it waits for, and when it stops."""
 
 import asyncio
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -125,12 +126,12 @@ async def test_close_waits_for_the_reading_and_tells_once(pool: Pool) -> None:
     blocked, go = asyncio.Event(), asyncio.Event()
     loop, pack = asyncio.get_running_loop(), pool.memory.pack
 
-    def slow_pack(block_ids: list[int], where: KVRange) -> memoryview:
+    def slow_pack(*args: Any, **kwargs: Any) -> memoryview:
         loop.call_soon_threadsafe(blocked.set)
         asyncio.run_coroutine_threadsafe(go.wait(), loop).result()
-        return pack(block_ids, where)
+        return pack(*args, **kwargs)
 
-    pool.memory.pack = slow_pack  # type: ignore[method-assign, assignment]
+    pool.memory.pack = slow_pack  # type: ignore[method-assign]
     reading = asyncio.create_task(anext(attachment.frames()))
     await blocked.wait()
     closing = [asyncio.create_task(attachment.close()) for _ in range(2)]

@@ -16,6 +16,7 @@ from baton.kvtransfer.frames import (
     FrameWriter,
     decode,
     encode,
+    seal,
 )
 from baton.types import KVRange
 
@@ -72,7 +73,9 @@ def test_the_payload_is_neither_copied_in_nor_out() -> None:
     payload = memoryview(bytearray(b"before"))
     parts = encode(FrameKind.DATA, 1, 0, WHERE, payload)
     assert parts[1] is payload
-    data = bytearray(b"".join(parts))
+    data = bytearray(HEADER_BYTES) + payload
+    (whole,) = seal(memoryview(data), FrameKind.DATA, 1, 0, WHERE)
+    assert bytes(whole) == b"".join(parts) == bytes(data)
     frame = decode(memoryview(data))
     data[HEADER_BYTES:] = b"after!"
     assert bytes(frame.payload) == b"after!"
@@ -151,7 +154,8 @@ def test_an_announced_length_beyond_the_limit_is_refused_before_it_is_believed()
 def numbered(epoch: int, num_frames: int) -> list[bytes]:
     writer = FrameWriter(epoch)
     frames = [
-        writer.data(KVRange(0, 1, i, i + 1), memoryview(bytes([i]))) for i in range(num_frames)
+        writer.data(KVRange(0, 1, i, i + 1), memoryview(bytearray(HEADER_BYTES) + bytes([i])))
+        for i in range(num_frames)
     ]
     return [b"".join(frame) for frame in (*frames, writer.end(WHERE, b"end"))]
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.errors import BatonError, Cause
-from baton.kvtransfer.frames import FrameWriter
+from baton.kvtransfer.frames import HEADER_BYTES, FrameWriter
 from baton.kvtransfer.importer import Importer
 from baton.types import KVRange
 from tests.kvtransfer.support import NUM_LAYERS, TOKEN_BYTES, Pool, make_pool
@@ -26,8 +26,12 @@ def target() -> Pool:
     return make_pool(32, [1, 3], seed=2)
 
 
+def framed(writer: FrameWriter, where: KVRange, payload: bytes) -> bytes:
+    return b"".join(writer.data(where, memoryview(bytearray(HEADER_BYTES) + payload)))
+
+
 def data_frame(writer: FrameWriter, source: Pool, where: KVRange) -> bytes:
-    return b"".join(writer.data(where, memoryview(source.content(where))))
+    return framed(writer, where, source.content(where))
 
 
 def open_importer(target: Pool, where: KVRange = ALL) -> Importer:
@@ -83,7 +87,7 @@ async def test_nothing_but_the_end_frame_is_wanted(target: Pool) -> None:
 )
 async def test_wrong_ranges_write_nothing(source: Pool, target: Pool, wrong: KVRange) -> None:
     importer, before = open_importer(target), target.cache.clone()
-    frame = b"".join(FrameWriter(EPOCH).data(wrong, memoryview(bytes(wrong.num_tokens * 192))))
+    frame = framed(FrameWriter(EPOCH), wrong, bytes(wrong.num_tokens * 192))
     assert await refused(importer, frame) is Cause.FRAME_ORDER
     assert target.cache.equal(before)
 
@@ -103,7 +107,7 @@ async def test_damage_writes_nothing(source: Pool, target: Pool) -> None:
 
 
 async def test_a_payload_of_another_size_than_its_ranges(target: Pool) -> None:
-    frame = b"".join(FrameWriter(EPOCH).data(ALL, memoryview(bytes(48 * TOKEN_BYTES - 1))))
+    frame = framed(FrameWriter(EPOCH), ALL, bytes(48 * TOKEN_BYTES - 1))
     assert await refused(open_importer(target), frame) is Cause.FRAME_CORRUPT
 
 
