@@ -140,7 +140,7 @@ class Intake:
         leg.kind = LegKind.LOCAL
         trunk.num_computed_tokens = leg.num_verified_tokens
         self._scheduler.admission.publish(trunk)
-        self._scheduler.leave(trunk, SequenceStatus.WAITING)
+        self._scheduler.leave(trunk, SequenceStatus.HELD)
         self._compute(leg)
 
     # ── held ─────────────────────────────────────────────────────────────────────────────────────
