@@ -54,10 +54,11 @@ def _option(setting: Setting) -> Callable[[Any], Any]:
     flag = "--" + setting.name.replace("_", "-")
     default = "" if info.default in (None, ()) else f" [default: {_shown_default(info.default)}]"
     text = f"{info.description}{default} [env: {setting.env}]"
-    names = [f"{flag}/--no-{flag[2:]}"] if info.annotation is bool else [flag]
+    is_switch = bool in (info.annotation, *get_args(info.annotation))
+    names = [f"{flag}/--no-{flag[2:]}"] if is_switch else [flag]
     kwargs: dict[str, Any] = {"help": text, "default": None, "hidden": setting.name in _HIDDEN}
     choices = _choices(setting)
-    if info.annotation is not bool:
+    if not is_switch:
         kwargs["type"] = click.Choice(choices) if choices else str
         kwargs["metavar"] = None if choices else _type_name(setting)
     return click.option(*names, setting.name, **kwargs)

@@ -67,7 +67,7 @@ class ModelSettings(_Section):
         "auto", description="dummy = random weights of the configured shape."
     )
     seed: int = Field(
-        0, description="Of dummy weights, and of nothing else: requests carry theirs."
+        0, description="Of dummy weights, and of the seeds that LLM draws; requests carry theirs."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
 
@@ -96,8 +96,10 @@ class EngineSettings(_Section):
     max_num_batched_tokens: int = Field(
         512, gt=0, description="Tokens in one step; longer prefills are cut into chunks."
     )
-    batch_invariant: bool = Field(
-        False, description="Results do not depend on batch, chunk or padding, bit for bit."
+    batch_invariant: bool | None = Field(
+        None,
+        description="Results do not depend on batch, chunk or padding, bit for bit; on where it "
+        "costs little if absent.",
     )
     threads: int | None = Field(
         None, gt=0, description="CPU threads of one worker; its share of the cores if absent."
