@@ -158,8 +158,9 @@ class Dispatcher:
     def worker_joined(self, info: WorkerInfo, now_ms: float) -> None:
         """A session said Hello; an earlier one to the same worker has been reported lost."""
         self.fleet.joined(info)
-        for machine in self._machines.values():
-            machine.on_worker_back(info.incarnation)
+        for request_id, machine in list(self._machines.items()):
+            effects = machine.on_worker_back(info.incarnation, now_ms)
+            self._carry_out(request_id, machine, effects, now_ms)
         self._wake_parked(now_ms)
 
     def worker_lost(self, worker_id: str, now_ms: float) -> None:

@@ -30,6 +30,7 @@ class MachineConfig:
     retry_delay_ms: float = 500.0  # before a worker that failed a leg gets this request again
     max_failures: int = 8  # legs that failed for reasons that another try may cure
     max_deaths: int = 2  # workers lost while computing it: it may be what kills them
+    acquittal_ms: float = 3_000.0  # for one of them to come back, before the request is blamed
     max_rebinds: int = 1
 
 

@@ -6,8 +6,8 @@ WAITING and DONE have neither, or only a lease:
 
 state      legs            entered by                 left by
 ─────────  ──────────────  ─────────────────────────  ─────────────────────────────────────────────
-WAITING    none, or lease  no room, no worker         room, a timer → PREFILL, BINDING or LOCAL;
-                                                      limit or deadline → DONE
+WAITING    none, or lease  no room, no worker, two    room, a timer → PREFILL, BINDING or LOCAL;
+                           workers lost computing it  limit or deadline → DONE
 PREFILL    P               Submit                     forecast or first token → BINDING;
                                                       all choices finished → DONE; NoRoom, Failed,
                                                       P lost → WAITING or another route
@@ -73,6 +73,9 @@ from baton.messages import (
 from baton.types import KVTicket, LegId, Request, TokenChunk, WorkerInfo
 
 
+_TIMER_MS = 0.1  # forecasts are not finer, and clocks may wake a little early
+
+
 class RequestMachine:
     """Feed it events, carry out the effects in order. After `Ended` it ignores everything."""
 
@@ -88,6 +91,7 @@ class RequestMachine:
         self._fingerprint: bytes | None = None
         self._avoid: dict[str, float] = {}  # worker → until when
         self._deaths: set[bytes] = set()  # incarnations
+        self._suspect_since_ms: float | None = None
         self._num_failures = 0
         self._waiting_since_ms: float | None = None
         self._effects: list[Effect] = []
@@ -142,13 +146,14 @@ class RequestMachine:
             self._decode = None
         if dead is not None:
             self._deaths.add(dead)
-            if len(self._deaths) >= self._config.max_deaths:
-                self._end(Cause.WORKER_LOST, f"{len(self._deaths)} workers were lost computing it")
         return self._settle(now_ms)
 
-    def on_worker_back(self, incarnation: bytes) -> None:
+    def on_worker_back(self, incarnation: bytes, now_ms: float) -> list[Effect]:
         """The same process answers again: only the connection had been lost."""
+        if incarnation not in self._deaths:
+            return []
         self._deaths.discard(incarnation)
+        return self._settle(now_ms)
 
     def on_choice_finished(self, choice: int, now_ms: float) -> list[Effect]:
         """A stop string: the choice needs no more tokens."""
@@ -268,10 +273,27 @@ class RequestMachine:
             return
         if prefill is not None and prefill.is_void:
             self._drop_prefill()
+        if self._is_suspect(now_ms):
+            return
         if self._prefill is None:
             self._route(self._planner.plan(self._need(now_ms)), now_ms)
         elif self._prefill.ticket is not None:
             self._bind(self._prefill, self._prefill.ticket, now_ms)
+
+    def _is_suspect(self, now_ms: float) -> bool:
+        """Two workers were lost computing it: unless one of them turns out to live, no third is
+        tried."""
+        if len(self._deaths) < self._config.max_deaths:
+            self._suspect_since_ms = None
+            return False
+        if self._suspect_since_ms is None:
+            self._suspect_since_ms = now_ms
+        limit_ms = self._suspect_since_ms + self._config.acquittal_ms
+        if now_ms >= limit_ms:
+            self._end(Cause.WORKER_LOST, f"{len(self._deaths)} workers were lost computing it")
+        else:
+            self.wake_at_ms = min(self.wake_at_ms, limit_ms)
+        return True
 
     def _route(self, decision: RouteDecision | Refusal, now_ms: float) -> None:
         if isinstance(decision, Refusal):
@@ -310,8 +332,9 @@ class RequestMachine:
                 self._wait(decision, now_ms)
             return
         left_ms = prefill.left_ms - (now_ms - prefill.as_of_ms)
-        if not prefill.is_held and left_ms > decision.lead_ms:
-            self.wake_at_ms = min(self.wake_at_ms, now_ms + left_ms - decision.lead_ms)
+        early_ms = left_ms - decision.lead_ms
+        if not prefill.is_held and early_ms > _TIMER_MS:
+            self.wake_at_ms = min(self.wake_at_ms, now_ms + early_ms)
             return
         if decision.worker_id == source.worker_id:
             self._decode_on_producer(prefill, now_ms)

@@ -454,6 +454,8 @@ def test_poison_is_not_tried_a_third_time() -> None:
     gateway.lose("p1")
     gateway.take()
     gateway.lose("p2")
+    assert gateway.take() == []
+    gateway.wait(3000)
     assert gateway.ended is not None
     assert gateway.ended.cause is Cause.WORKER_LOST
     assert gateway.take() == []
@@ -463,9 +465,12 @@ def test_a_lost_connection_is_not_a_death() -> None:
     gateway = Gateway(P1, P2, D1)
     gateway.submitted()
     gateway.lose("p1")
-    gateway.back("p1")
     gateway.lose("p2")
-    assert gateway.ended is None
+    gateway.take()
+    gateway.wait(1000)
+    gateway.back("p1")
+    worker_id, _ = gateway.take_one(Submit)
+    assert worker_id == "p1"
 
 
 def test_failures_are_retried_elsewhere_and_counted() -> None:

@@ -1,0 +1,319 @@
+"""A whole fleet and its schedule of requests and faults, drawn from one seed."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from baton.engine.null_runner import NullModel
+from baton.messages import BlocksRemoved, BlocksStored
+from baton.types import BlockHash, Request, Role, SamplingParams
+from tests.sim.gateway import SimGateway
+from tests.sim.oracle import Client, expected_output
+from tests.sim.worker import EOS, MAX_MODEL_LEN, VOCAB_SIZE, SimWorker, WorkerSpec
+from tests.sim.world import Conn, Node, World, crash
+
+MAX_EVENTS = 50_000  # a schedule takes some hundreds
+PATIENCE_MS = 90_000.0  # virtual time after the last fault in which everything must have ended
+
+
+@dataclass(slots=True)
+class Stats:
+    """What a run exercised."""
+
+    num_imports: int = 0
+    num_bytes: int = 0
+    num_failed_fetches: int = 0
+    num_breaks: int = 0  # crashes, cuts and pauses: each may look like the loss of a worker
+    num_corrupted: int = 0
+    num_events: int = 0
+    num_cached_tokens: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    messages: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What may happen in a schedule."""
+
+    has_faults: bool = True
+    num_requests: tuple[int, int] = (2, 5)
+    fault_window_ms: float = 150.0
+
+
+class SimFleet:
+    """Build with a seed, then `run`; raises AssertionError as soon as an invariant breaks."""
+
+    def __init__(
+        self, seed: int, plan: Plan | None = None, trace: Callable[[str], None] | None = None
+    ) -> None:
+        self.world = World(seed, trace)
+        self.plan = plan or Plan()
+        self.stats = Stats()
+        self._num_to_corrupt = 0
+        rng = self.world.rng
+        self.model = NullModel(VOCAB_SIZE, EOS, eos_rate=rng.choice([0.0, 0.03, 0.2]))
+        self.workers: dict[str, SimWorker] = {}
+        self.gateways: dict[str, SimGateway] = {}
+        for spec in self._draw_workers():
+            self.workers[spec.name] = SimWorker(self.world, self, spec, self.model)
+        for worker in self.workers.values():
+            worker.start()
+        for index in range(rng.choice([1, 1, 2])):
+            gateway = SimGateway(self.world, self, f"g{index}")
+            self.gateways[gateway.name] = gateway
+            gateway.start()
+        self.clients = self._draw_clients()
+
+    # ── drawing ──────────────────────────────────────────────────────────────────────────────────
+
+    def _draw_workers(self) -> list[WorkerSpec]:
+        rng = self.world.rng
+        roles = rng.choice(["pd", "pd", "pdd", "ppd", "ppddd", "pdd", "b", "bb", "pb", "dd"])
+        names = {"p": Role.PREFILL, "d": Role.DECODE, "b": Role.BOTH}
+        num_seqs = rng.choice([2, 4, 8])
+        is_tiny = rng.random() < 0.5
+        return [
+            WorkerSpec(
+                name=f"{letter}{index}",
+                role=names[letter],
+                num_blocks=(rng.randrange(9, 14) if is_tiny else rng.randrange(16, 40)),
+                block_size=rng.choice([16, 16, 32]),
+                chunk_tokens=rng.choice([16, 32, 64]),
+                max_num_seqs=num_seqs,
+            )
+            for index, letter in enumerate(roles)
+        ]
+
+    def _draw_clients(self) -> list[Client]:
+        rng, world = self.world.rng, self.world
+        prefixes = [self._tokens(rng.choice([16, 32, 48])) for _ in range(2)]
+        clients = []
+        for index in range(rng.randint(*self.plan.num_requests)):
+            client = self._draw_client(f"r{index}", prefixes)
+            clients.append(client)
+            gateway = self.gateways[client.gateway]
+            world.after(client.arrives_ms, None, self._arrive, gateway, client)
+        return clients
+
+    def _tokens(self, count: int) -> tuple[int, ...]:
+        return tuple(self.world.rng.randrange(8, VOCAB_SIZE) for _ in range(count))
+
+    def _draw_client(self, name: str, prefixes: Sequence[tuple[int, ...]]) -> Client:
+        rng = self.world.rng
+        prefix = rng.choice([(), *prefixes])
+        prompt = prefix + self._tokens(rng.randrange(0 if prefix else 1, 24))
+        sampling = SamplingParams(
+            n=rng.choice([1, 1, 1, 2, 3]),
+            temperature=rng.choice([0.0, 1.0]),
+            seed=rng.getrandbits(32),
+            max_tokens=rng.choice([1, 2, 5, 9, 14]),
+        )
+        deadline = rng.choice([None, None, None, 40, 400, 4_000])
+        request = Request(name, prompt, sampling, deadline_ms=deadline)
+        return Client(
+            gateway=rng.choice(sorted(self.gateways)),
+            request=request,
+            arrives_ms=rng.random() * 60.0,
+            abort_after_ms=rng.random() * 80.0 if rng.random() < 0.15 else None,
+            stop_modulo=rng.choice([5, 20]) if rng.random() < 0.2 else None,
+            expected=expected_output(self.model, request, MAX_MODEL_LEN),
+            got=[[] for _ in range(sampling.n)],
+        )
+
+    def _arrive(self, gateway: SimGateway, client: Client) -> None:
+        """A client connects; to a gateway that is down it comes again later."""
+        if gateway.is_alive:
+            self.world.log(gateway.name, f"{client.request}")
+            gateway.clients[client.request.request_id] = client
+            self.world.after(0.0, gateway, gateway.open, client)
+        else:
+            self.world.after(50.0, None, self._arrive, gateway, client)
+
+    def schedule_faults(self) -> None:
+        rng = self.world.rng
+        for _ in range(rng.choice([0, 1, 1, 2, 3, 4])):
+            fault = rng.choice(
+                ["crash", "pause", "cut", "corrupt", "raise", "evict", "drain", "gateway"]
+            )
+            at = rng.random() * self.plan.fault_window_ms
+            self.world.after(at, None, getattr(self, f"_fault_{fault}"))
+
+    # ── faults ───────────────────────────────────────────────────────────────────────────────────
+
+    def _pick(self, nodes: dict[str, SimWorker]) -> SimWorker:
+        return nodes[self.world.rng.choice(sorted(nodes))]
+
+    def _fault_crash(self) -> None:
+        worker = self._pick(self.workers)
+        if worker.is_alive:
+            self._count("crash", worker.name)
+            crash(worker)
+            self._drop_prefixes(worker)
+            delay = self.world.rng.choice([5.0, 300.0, 3_000.0])
+            self.world.after(delay, None, self._restart, worker)
+
+    def _restart(self, node: SimWorker | SimGateway) -> None:
+        self.world.log(node.name, "starts again")
+        node.start()
+
+    def _fault_gateway(self) -> None:
+        gateway = self.gateways[self.world.rng.choice(sorted(self.gateways))]
+        if gateway.is_alive:
+            self._count("gateway", gateway.name)
+            crash(gateway)
+            for client in gateway.clients.values():
+                client.is_lost = client.end is None
+            self.world.after(200.0, None, self._restart, gateway)
+
+    def _fault_pause(self) -> None:
+        nodes: list[Node] = [*self.workers.values(), *self.gateways.values()]
+        node = self.world.rng.choice(nodes)
+        duration = self.world.rng.choice([20.0, 500.0, 4_000.0])
+        self._count("pause", node.name)
+        node.paused_until = max(node.paused_until, self.world.now + duration)
+
+    def _fault_cut(self) -> None:
+        """Break some open connections; sometimes one end, or neither, is told."""
+        rng = self.world.rng
+        conns: dict[Conn, None] = {}
+        for worker in self.workers.values():
+            conns |= worker.conns
+        for conn in rng.sample(list(conns), min(len(conns), rng.choice([1, 1, 2]))):
+            told = rng.choice([(True, True), (True, True), (True, False), (False, True)])
+            self._count("cut", f"{conn.nodes[0].name}-{conn.nodes[1].name} {told}")
+            conn.cut(told)
+
+    def _fault_corrupt(self) -> None:
+        self._num_to_corrupt += self.world.rng.choice([1, 2])
+
+    def _fault_raise(self) -> None:
+        worker = self._pick(self.workers)
+        self.stats.faults["raise"] += 1
+        worker.runner.is_armed = True
+
+    def _fault_evict(self) -> None:
+        """The gateways' picture of who holds what is gone, as after a flushed Redis."""
+        self.stats.faults["evict"] += 1
+        for gateway in self.gateways.values():
+            if gateway.is_alive:
+                for name in self.workers:
+                    gateway.index.drop(name)
+
+    def _fault_drain(self) -> None:
+        """A rolling restart: drain, hand over, exit, come back."""
+        worker = self._pick(self.workers)
+        if worker.is_alive and not worker.machine.is_draining:
+            self._count("drain", worker.name)
+            worker.drain()
+            self.world.after(60.0, worker, worker.hand_over)
+            self.world.after(100.0, None, self._exit, worker, worker.life)
+
+    def _exit(self, worker: SimWorker, life: int) -> None:
+        if worker.is_alive and worker.life == life:
+            crash(worker)
+            self._drop_prefixes(worker)
+            self.world.after(50.0, None, self._restart, worker)
+
+    def _count(self, kind: str, what: str) -> None:
+        self.world.log("----", f"{kind} {what}")
+        self.stats.faults[kind] += 1
+        self.stats.num_breaks += 1
+
+    def maybe_corrupt(self, data: bytes) -> bytes:
+        """One bit of the next frame, if one is due."""
+        if self._num_to_corrupt == 0:
+            return data
+        self._num_to_corrupt -= 1
+        self.stats.num_corrupted += 1
+        self.stats.faults["corrupt"] += 1
+        position = self.world.rng.randrange(len(data) * 8)
+        flipped = bytearray(data)
+        flipped[position // 8] ^= 1 << position % 8
+        self.world.log("----", f"corrupt bit {position} of {len(data)} bytes")
+        return bytes(flipped)
+
+    # ── locality ─────────────────────────────────────────────────────────────────────────────────
+
+    def publish(
+        self, worker: SimWorker, stored: tuple[BlockHash, ...], removed: tuple[BlockHash, ...]
+    ) -> None:
+        """What went through Redis: late, and only to gateways that are up."""
+        if not stored and not removed:
+            return
+        for gateway in self.gateways.values():
+            self.world.after(
+                self.world.delay(), gateway, self._apply, gateway, worker.name, stored, removed
+            )
+
+    @staticmethod
+    def _apply(
+        gateway: SimGateway,
+        name: str,
+        stored: tuple[BlockHash, ...],
+        removed: tuple[BlockHash, ...],
+    ) -> None:
+        gateway.index.apply(name, BlocksStored(stored))
+        gateway.index.apply(name, BlocksRemoved(removed))
+
+    def _drop_prefixes(self, worker: SimWorker) -> None:
+        for gateway in self.gateways.values():
+            if gateway.is_alive:
+                gateway.index.drop(worker.name)
+
+    def worker_at(self, address: str) -> SimWorker | None:
+        return self.workers.get(address)
+
+    # ── running ──────────────────────────────────────────────────────────────────────────────────
+
+    def run(self) -> Stats:
+        """
+        Raises:
+            AssertionError: an invariant does not hold, or something never ends.
+        """
+        if self.plan.has_faults:
+            self.schedule_faults()
+        world = self.world
+        while not self._is_over():
+            assert world.now < PATIENCE_MS, "something never ends:\n" + self._open_ends()
+            assert world.num_events < MAX_EVENTS, "something goes round in circles"
+            if not world.run_one():
+                raise AssertionError("nothing is left to happen:\n" + self._open_ends())
+        for worker in self.workers.values():
+            worker.check_clean()
+        for gateway in self.gateways.values():
+            gateway.check_clean()
+        for client in self.clients:
+            end = client.end
+            name = "lost" if end is None else "ok" if end.cause is None else end.cause.name
+            self.stats.outcomes[name] += 1
+            if client.machine is not None:
+                self.stats.num_cached_tokens += client.machine.report.num_cached_tokens
+        self.stats.num_events = world.num_events
+        return self.stats
+
+    def _is_over(self) -> bool:
+        """Everybody was served and the fleet is at rest."""
+        if not all(client.is_over for client in self.clients):
+            return False
+        if self.world.now < self.plan.fault_window_ms:
+            return False
+        nodes: list[SimWorker | SimGateway] = [*self.workers.values(), *self.gateways.values()]
+        if not all(node.is_alive and node.paused_until <= self.world.now for node in nodes):
+            return False
+        return all(worker.is_idle for worker in self.workers.values())
+
+    def _open_ends(self) -> str:
+        lines = [f"request {c.request.request_id}" for c in self.clients if not c.is_over]
+        lines += [
+            f"worker {w.name}: alive={w.is_alive} machine idle={w.machine.is_idle} "
+            f"readers={len(w.readers)} writers={len(w.writers)}"
+            for w in self.workers.values()
+            if not w.is_alive or not w.is_idle
+        ]
+        return "\n".join(lines)
+
+
+def plain(plan: Plan | None = None) -> Plan:
+    """The same without faults."""
+    return replace(plan or Plan(), has_faults=False)

@@ -1,0 +1,304 @@
+"""A worker process in the simulator: the real machine and engine; thread, sockets and model are
+events."""
+
+import hashlib
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from baton.engine.batch import Batch, Sampled
+from baton.engine.commands import Command
+from baton.engine.config import EngineConfig
+from baton.engine.core import EngineCore
+from baton.engine.events import StepOutput
+from baton.engine.null_runner import NullModel, NullRunner
+from baton.kvtransfer.effects import (
+    AttachGranted,
+    AttachmentReady,
+    AttachmentSampled,
+    AttachRefused,
+    CancelFetch,
+    CutAttachment,
+)
+from baton.kvtransfer.ticket import TicketKeyring
+from baton.latency import LatencyModel
+from baton.types import (
+    BlockId,
+    KVGroup,
+    KVKind,
+    KVLayout,
+    LegId,
+    Role,
+    TransportAddress,
+    WorkerInfo,
+)
+from baton.worker.effects import CloseSession, Effect, FetchKV, Post, Send, SessionId
+from baton.worker.machine import WorkerMachine
+from baton.worker.policy import WorkerPolicy
+from tests.sim.data_plane import Reader, SimMemory, Writer
+from tests.sim.world import Conn, Node, World
+
+if TYPE_CHECKING:
+    from tests.sim.fleet import SimFleet
+
+VOCAB_SIZE = 1000
+EOS = (7,)
+MAX_MODEL_LEN = 256
+FINGERPRINT = hashlib.sha256(b"null model").digest()
+BUSY_TICK_MS, IDLE_TICK_MS = 100, 500
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    name: str
+    role: Role
+    num_blocks: int
+    block_size: int
+    chunk_tokens: int
+    max_num_seqs: int
+
+
+class FaultyRunner(NullRunner):
+    """Raises once when told to."""
+
+    is_armed = False
+
+    def run(self, batch: Batch) -> dict[int, tuple[Sampled, ...]]:
+        if self.is_armed:
+            self.is_armed = False
+            raise RuntimeError("injected")
+        return super().run(batch)
+
+
+class _GatewayEnd:
+    """The worker's end of a session."""
+
+    def __init__(self, worker: "SimWorker", session: SessionId) -> None:
+        self._worker = worker
+        self._session = session
+
+    def received(self, message: Any) -> None:
+        worker = self._worker
+        worker.carry_out(worker.machine.receive(self._session, message, worker.world.now_ms))
+
+    def closed(self, reason: str) -> None:
+        worker = self._worker
+        worker.sessions.pop(self._session, None)
+        worker.carry_out(worker.machine.session_lost(self._session, worker.world.now_ms))
+
+
+class SimWorker(Node):
+    machine: WorkerMachine
+    core: EngineCore
+    runner: FaultyRunner
+    memory: SimMemory
+
+    def __init__(self, world: World, fleet: "SimFleet", spec: WorkerSpec, model: NullModel) -> None:
+        super().__init__(world, spec.name)
+        self.fleet = fleet
+        self.spec = spec
+        self._model = model
+        self._num_keys = 0
+        self._num_starts = 0
+
+    # ── life ─────────────────────────────────────────────────────────────────────────────────────
+
+    def start(self) -> None:
+        """A new process: nothing of the one before is left."""
+        spec, rng = self.spec, self.world.rng
+        self._num_starts += 1
+        self.is_alive = True
+        self.info = self._describe()
+        config = EngineConfig(
+            num_blocks=spec.num_blocks,
+            block_size=spec.block_size,
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=spec.max_num_seqs,
+            max_num_batched_tokens=spec.chunk_tokens,
+            eos_token_ids=EOS,
+            vocab_size=VOCAB_SIZE,
+            fingerprint=FINGERPRINT,
+            role=spec.role,
+        )
+        self.runner = FaultyRunner(spec.num_blocks, spec.block_size, self._model)
+        self.core = EngineCore(config, self.runner, clock=lambda: self.world.now / 1e3)
+        self.memory = SimMemory(self.runner, self.info.layout)
+        policy = WorkerPolicy(
+            role=spec.role,
+            lease_ttl_ms=4_000,
+            attachment_stall_ms=800,
+            fetch_stall_ms=1_500,
+            decide_ms=3_000,
+        )
+        self.machine = WorkerMachine(
+            self.info,
+            policy,
+            TicketKeyring(rng.randbytes(32)),
+            LatencyModel(),
+            first_epoch=rng.getrandbits(64),
+            random_id=lambda: rng.randbytes(16),
+        )
+        self.commands: deque[Command] = deque()
+        self._effects: deque[Effect] = deque()
+        self._is_carrying_out = False
+        self.sessions: dict[SessionId, Conn] = {}
+        self.readers_by_key: dict[int, Reader] = {}
+        self.readers: dict[int, Reader] = {}
+        self.writers: dict[LegId, Writer] = {}
+        self._is_stepping = False
+        self.world.after(BUSY_TICK_MS, self, self._tick)
+
+    def _describe(self) -> WorkerInfo:
+        spec = self.spec
+        group = KVGroup(KVKind.FULL, 1, num_kv_heads=1, head_dim=1, dtype="float32")
+        address = TransportAddress("sim", spec.name)
+        return WorkerInfo(
+            worker_id=spec.name,
+            incarnation=f"{spec.name}/{self._num_starts}".ljust(16).encode()[:16],
+            role=spec.role,
+            model="null",
+            fingerprint=FINGERPRINT,
+            layout=KVLayout((group,), spec.block_size),
+            address=spec.name,
+            transports=(address,),
+            host_id="sim",
+            pid=self._num_starts,
+            device="cpu",
+            num_blocks=spec.num_blocks,
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=spec.max_num_seqs,
+            vocab_size=VOCAB_SIZE,
+            eos_token_ids=EOS,
+        )
+
+    def accept(self, conn: Conn) -> None:
+        """A gateway has connected."""
+        session = SessionId(self.next_key())
+        self.sessions[session] = conn
+        conn.ends[1] = _GatewayEnd(self, session)
+        self.carry_out(self.machine.session_opened(session, self.world.now_ms))
+
+    def drain(self) -> None:
+        self.carry_out(self.machine.drain(self.world.now_ms))
+
+    def hand_over(self) -> None:
+        self.carry_out(self.machine.hand_over(self.world.now_ms))
+
+    def next_key(self) -> int:
+        self._num_keys += 1
+        return self._num_keys
+
+    def _tick(self) -> None:
+        self.carry_out(self.machine.tick(self.world.now_ms))
+        self.world.after(IDLE_TICK_MS if self.is_idle else BUSY_TICK_MS, self, self._tick)
+
+    # ── effects of the machine ───────────────────────────────────────────────────────────────────
+
+    def carry_out(self, effects: Iterable[Effect]) -> None:
+        """In order: what an effect leads to comes after the effects that were there before it."""
+        self._effects.extend(effects)
+        if self._is_carrying_out:
+            return
+        self._is_carrying_out = True
+        while self._effects:
+            self._carry_out_one(self._effects.popleft())
+        self._is_carrying_out = False
+        self._kick()
+
+    def _carry_out_one(self, effect: Effect) -> None:
+        match effect:
+            case Send(session, message):
+                if session in self.sessions:
+                    self.sessions[session].send(1, message)
+            case CloseSession(session, _, detail):
+                conn = self.sessions.pop(session, None)
+                if conn is not None:
+                    conn.close(1, detail)
+            case Post(command):
+                self.world.log(self.name, command)
+                self.commands.append(command)
+            case FetchKV(leg):
+                self.writers[leg] = Writer(self, effect)
+            case CancelFetch(leg):
+                self.writers[leg].cancel()
+            case AttachGranted(key):
+                self.readers_by_key[key].granted(effect)
+            case AttachRefused(key, cause, detail):
+                self.readers_by_key[key].refused(cause, detail)
+            case AttachmentReady(epochs, num_tokens):
+                for epoch in epochs:
+                    self.readers[epoch].ready(num_tokens)
+            case AttachmentSampled(epochs, first_tokens):
+                for epoch in epochs:
+                    self.readers[epoch].sampled(first_tokens)
+            case CutAttachment(epoch, cause, detail):
+                self.readers[epoch].cut(cause, detail)
+
+    # ── the engine thread ────────────────────────────────────────────────────────────────────────
+
+    def _kick(self) -> None:
+        if not self._is_stepping and (self.commands or self.core.has_work):
+            self._is_stepping = True
+            self.world.after(0.0, self, self._begin_step)
+
+    def _begin_step(self) -> None:
+        while self.commands:
+            self.core.apply(self.commands.popleft())
+        output = self.core.step() if self.core.has_work else None
+        if output is None:
+            self._is_stepping = False
+            return
+        duration_ms = 0.1
+        if output.timing is not None:
+            timing = output.timing
+            duration_ms = 1.0 + 0.1 * timing.num_prefill_tokens + 0.3 * timing.num_decodes
+            output = replace(output, timing=replace(timing, duration_ms=duration_ms))
+        self.world.after(duration_ms, self, self._end_step, output)
+
+    def _end_step(self, output: StepOutput) -> None:
+        self._is_stepping = False
+        self.fleet.publish(self, output.stored, output.removed)
+        self.carry_out(self.machine.step(output, self.world.now_ms))
+        self._kick()
+
+    # ── invariants ───────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def is_idle(self) -> bool:
+        busy = self.commands or self.readers or self.readers_by_key or self.writers
+        return self.machine.is_idle and not busy and not self.core.has_work
+
+    def check(self) -> None:
+        self.machine.check_integrity()
+        if not self._is_stepping:
+            self.core.check_integrity()
+        for reader in self.readers.values():
+            assert reader.leg is not None
+            self._check_owned(reader.leg, reader.block_ids, "read")
+        for writer in self.writers.values():
+            self._check_owned(writer.leg, writer.block_ids, "written")
+
+    def check_writer(self, writer: Writer) -> None:
+        """Just before a write lands."""
+        self._check_owned(writer.leg, writer.block_ids, "written")
+
+    def _check_owned(self, leg: LegId, block_ids: tuple[BlockId, ...], what: str) -> None:
+        """While a transfer is under way its blocks are the leg's own, or in its quarantine."""
+        record = self.core._legs.get(leg)
+        owned: set[BlockId] = set(self.core.pool._quarantine.get(leg, ()))
+        if record is not None:
+            for sequence in record.sequences():
+                owned.update(sequence.block_ids)
+        assert owned.issuperset(block_ids), (
+            f"blocks {sorted(set(block_ids) - owned)} of {leg} are being {what}, "
+            "and somebody else may have them"
+        )
+
+    def check_clean(self) -> None:
+        """At the end of everything nothing is held."""
+        assert self.is_idle, f"{self.name} is not idle"
+        assert self.core.pool.num_free == self.spec.num_blocks, f"{self.name} leaks blocks"
+        assert self.core.pool.num_quarantined == 0, f"{self.name} leaks quarantined blocks"
+        assert not list(self.core._legs), f"{self.name} leaks legs"
+        self.core.check_integrity()
