@@ -76,7 +76,8 @@ class Layer:
         prefix = f"model.layers.{index}"
         self.index = index
         self.head_dim = config.head_dim
-        self.head_counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.num_heads = config.num_heads
+        self.num_qk_heads = config.num_heads + config.num_kv_heads
         self.input_norm = Norm(config, weights, f"{prefix}.input_layernorm", config.hidden_size)
         self.qkv = _load_qkv(config, weights, f"{prefix}.self_attn")
         self.q_norm = self.k_norm = None
@@ -95,11 +96,13 @@ class Layer:
 
     def __call__(self, x: Tensor, cos_sin: Tensor, attention: StepAttention) -> Tensor:
         """x: [num_tokens, hidden_size], cos_sin as in `kernels.rope` → like x."""
-        heads = self.qkv(self.input_norm(x)).unflatten(1, (-1, self.head_dim))
-        q, k, v = heads.split(self.head_counts, dim=1)
+        heads = self.qkv(self.input_norm(x)).view(len(x), -1, self.head_dim)
+        qk, v = heads[:, : self.num_qk_heads], heads[:, self.num_qk_heads :]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        seen = attention(self.index, rope(q, cos_sin), rope(k, cos_sin), v)
+            q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
+        qk = rope(qk, cos_sin)
+        seen = attention(self.index, qk[:, : self.num_heads], qk[:, self.num_heads :], v)
         x = self.o.plus(seen, x)
         normed = self.post_norm(x)
         return self.down.plus(self.up.times(normed, self.gate.silu(normed)), x)
