@@ -32,7 +32,7 @@ import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from baton.engine.events import LegEvent, LegTokens, StepOutput
+from baton.engine.events import LegEvent, LegFailed, LegTokens, StepOutput
 from baton.errors import BatonError, Cause
 from baton.kvtransfer.base import FetchOpen
 from baton.kvtransfer.effects import KVSource
@@ -159,9 +159,17 @@ class WorkerMachine:
         try:
             self._handle(session, message, now_ms)
         except BatonError as error:
-            if self._owner(message.leg) == session:
-                self._abort(message.leg)
-            self._outbox.tell(session, Failed(message.leg, error.cause, error.message))
+            return self.reject(session, message.leg, error, now_ms)
+        return self._flush(now_ms)
+
+    def reject(
+        self, session: SessionId, leg: LegId, error: BatonError, now_ms: int
+    ) -> list[Effect]:
+        """A message about this leg cannot be handled; if it is the session's, it is over."""
+        if self._owner(leg) == session:
+            self._abort(leg)
+        if session in self._sessions:
+            self._outbox.tell(session, Failed(leg, error.cause, error.message))
         return self._flush(now_ms)
 
     def _handle(self, session: SessionId, message: GatewayMessage, now_ms: int) -> None:
@@ -243,6 +251,11 @@ class WorkerMachine:
         for event in output.events:
             self._on_event(event, now_ms)
         return self._flush(now_ms, output)
+
+    def engine_refused(self, leg: LegId, error: BatonError, now_ms: int) -> list[Effect]:
+        """The engine did not take the command that opens this leg."""
+        self._on_event(LegFailed(leg, error.cause, error.message), now_ms)
+        return self._flush(now_ms)
 
     def _on_event(self, event: LegEvent, now_ms: int) -> None:
         leg = event.chunk.leg if isinstance(event, LegTokens) else event.leg

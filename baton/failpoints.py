@@ -1,0 +1,89 @@
+"""Named places where a test may make a process die, stop or fail. Absent unless asked for: an empty
+`Failpoints` does nothing, and there is no global one.
+
+    --failpoint bind:2=kill      the second Bind that arrives kills the process
+"""
+
+import logging
+import os
+import re
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from baton.errors import BatonError, Cause
+
+log = logging.getLogger(__name__)
+
+_SPEC = re.compile(r"([a-z-]+):([1-9][0-9]*)=(kill|stop|error)")
+
+NAMES = frozenset(
+    (
+        "submit",  # step 3: Submit has arrived
+        "admitted",  # step 3: Admitted is about to be sent
+        "progress",  # step 3: Progress is about to be sent
+        "bind",  # step 4: Bind has arrived
+        "bound",  # step 4: Bound is about to be sent
+        "attach",  # step 5, P: a fetch was opened
+        "frame-sent",  # step 5, P: the consumer has taken a frame
+        "frame",  # step 5, D: a frame was verified and written
+        "sampled",  # step 6, P: first tokens are about to be sent
+        "fetched",  # step 7, D: everything has arrived
+        "imported",  # step 7, D: Imported is about to be sent
+        "token",  # step 8, D: tokens are about to be sent
+        "release",  # step 8, P: Release has arrived
+        "engine-step",  # anywhere: a step is about to run
+    )
+)
+
+
+class _Action(StrEnum):
+    KILL = "kill"
+    STOP = "stop"
+    ERROR = "error"
+
+
+@dataclass(slots=True)
+class _Failpoint:
+    hits_left: int
+    action: _Action
+
+
+class Failpoints:
+    """Those of one process, counted down as they are passed. Not thread-safe beyond the GIL."""
+
+    def __init__(self, specs: Iterable[str] = ()) -> None:
+        """
+        Args:
+            specs: NAME:COUNT=kill|stop|error each; COUNT counts from 1.
+
+        Raises:
+            ValueError: a spec is malformed or names no failpoint.
+        """
+        self._armed: dict[str, _Failpoint] = {}
+        for spec in specs:
+            match = _SPEC.fullmatch(spec)
+            if match is None or match[1] not in NAMES:
+                raise ValueError(f"no failpoint {spec!r}; names: {', '.join(sorted(NAMES))}")
+            self._armed[match[1]] = _Failpoint(int(match[2]), _Action(match[3]))
+
+    def __bool__(self) -> bool:
+        return bool(self._armed)
+
+    def hit(self, name: str) -> None:
+        """
+        Raises:
+            BatonError: INTERNAL, where the failpoint says `error`.
+        """
+        armed = self._armed.get(name) if self._armed else None
+        if armed is None:
+            return
+        armed.hits_left -= 1
+        if armed.hits_left > 0:
+            return
+        del self._armed[name]
+        log.warning("failpoint %s: %s", name, armed.action)
+        if armed.action is _Action.ERROR:
+            raise BatonError(Cause.INTERNAL, f"failpoint {name}")
+        os.kill(os.getpid(), signal.SIGKILL if armed.action is _Action.KILL else signal.SIGSTOP)

@@ -1,0 +1,186 @@
+"""The consumer's side of the data plane: fetches under way, over whichever transport fits best."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from baton.errors import BatonError, Cause
+from baton.kvtransfer.base import Transport
+from baton.kvtransfer.importer import INITIAL_RATE_BYTES_S, Importer
+from baton.kvtransfer.memory import KVMemory
+from baton.latency import LinkModel
+from baton.types import LegId, TokenChunk, TransferStats, TransportAddress
+from baton.worker.effects import FetchKV
+from baton.worker.exports import parse_end_payload
+
+log = logging.getLogger(__name__)
+
+AVOID_S = 30.0  # how long a link whose transport failed is the last choice
+
+
+class FetchEvents(Protocol):
+    """Where fetches' events go; carries the effects out."""
+
+    def fetch_progress(self, leg: LegId) -> None: ...
+
+    def fetch_ended(
+        self, leg: LegId, stats: TransferStats, first_tokens: Sequence[TokenChunk]
+    ) -> None: ...
+
+    def fetch_failed(self, leg: LegId, valid_tokens: int, cause: Cause, detail: str) -> None: ...
+
+
+@dataclass(slots=True)
+class _Link:
+    """To one producer over one transport."""
+
+    model: LinkModel = field(
+        default_factory=lambda: LinkModel(bytes_per_ms=INITIAL_RATE_BYTES_S / 1e3)
+    )
+    avoid_until_s: float = 0.0
+
+
+class FetchDesk:
+    """Owns the tasks that fetch. Every `start` ends in one fetch_ended or fetch_failed."""
+
+    def __init__(
+        self,
+        events: FetchEvents,
+        memory: KVMemory,
+        transports: Sequence[Transport],
+    ) -> None:
+        """
+        Args:
+            transports: in our order of preference.
+        """
+        self._events = events
+        self._memory = memory
+        self._transports = {transport.name: transport for transport in transports}
+        self._tasks: dict[LegId, asyncio.Task[TransferStats]] = {}
+        self._links: dict[TransportAddress, _Link] = {}
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def start(self, order: FetchKV) -> None:
+        fetch = _Fetch(self, order)
+        task = asyncio.create_task(fetch.run(), name=f"fetch {order.leg}")
+        self._tasks[order.leg] = task
+        # Not in the task itself: one that is cancelled before it begins would never report.
+        task.add_done_callback(fetch.report)
+
+    def cancel(self, leg: LegId) -> None:
+        task = self._tasks.get(leg)
+        if task is not None:
+            task.cancel()
+
+    async def close(self) -> None:
+        """Cancel what is under way and wait for it."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    # ── links ────────────────────────────────────────────────────────────────────────────────────
+
+    def choose(self, order: FetchKV) -> tuple[Transport, TransportAddress, _Link]:
+        """The first of our transports that the producer offers and that has not just failed.
+
+        Raises:
+            BatonError: UNSUPPORTED; there is no common one.
+        """
+        now_s = time.monotonic()
+        common = [
+            (transport, address, self._links.setdefault(address, _Link()))
+            for transport in self._transports.values()
+            for address in order.transports
+            if address.name == transport.name
+        ]
+        if not common:
+            offered = ", ".join(address.name for address in order.transports) or "none"
+            raise BatonError(
+                Cause.UNSUPPORTED,
+                f"no common transport: the producer offers {offered}, "
+                f"this worker uses {', '.join(self._transports)}",
+            )
+        return min(common, key=lambda found: found[2].avoid_until_s > now_s)
+
+    def _ended(self, leg: LegId) -> None:
+        del self._tasks[leg]
+
+
+class _Fetch:
+    """One of them."""
+
+    def __init__(self, desk: FetchDesk, order: FetchKV) -> None:
+        self._desk = desk
+        self._order = order
+        self._importer: Importer | None = None
+        self._first_tokens: list[TokenChunk] = []
+
+    async def run(self) -> TransferStats:
+        order, desk = self._order, self._desk
+        transport, address, link = desk.choose(order)
+        rate = link.model.bytes_per_ms * 1e3
+        importer = Importer(desk._memory, order.block_ids, order.fetch.range, rate)
+        self._importer = importer
+        try:
+            stats = await transport.fetch(address, order.fetch, _Sink(importer, self._progress))
+        except BatonError as error:
+            if error.cause is Cause.TRANSPORT_FAILED:
+                link.avoid_until_s = time.monotonic() + AVOID_S
+            raise
+        link.model.observe(stats.num_bytes, stats.duration_ms)
+        payload = importer.end_payload or b""
+        self._first_tokens = parse_end_payload(payload, order.fetch.tokens_digest)
+        return stats
+
+    def _progress(self) -> None:
+        self._desk._events.fetch_progress(self._order.leg)
+
+    def report(self, task: asyncio.Task[TransferStats]) -> None:
+        """Once, after the last write."""
+        desk, leg = self._desk, self._order.leg
+        desk._ended(leg)
+        if task.cancelled():
+            self._failed(Cause.CANCELLED, "the fetch was cancelled")
+            return
+        match task.exception():
+            case None:
+                desk._events.fetch_ended(leg, task.result(), self._first_tokens)
+            case BatonError() as error:
+                self._failed(error.cause, error.message)
+            case error:
+                log.error("a fetch failed", exc_info=error)
+                self._failed(Cause.INTERNAL, f"{type(error).__name__} while fetching")
+
+    def _failed(self, cause: Cause, detail: str) -> None:
+        where = self._order.fetch.range
+        valid = where.token_start if self._importer is None else self._importer.valid_tokens
+        log.info(
+            "fetch of %s ended at token %d: %s: %s", self._order.leg, valid, cause.name, detail
+        )
+        self._desk._events.fetch_failed(self._order.leg, valid, cause, detail)
+
+
+class _Sink:
+    """An importer that says when it has written something."""
+
+    def __init__(self, importer: Importer, on_progress: Callable[[], None]) -> None:
+        self._importer = importer
+        self._on_progress = on_progress
+
+    def opened(self, epoch: int, num_ready_tokens: int) -> None:
+        self._importer.opened(epoch, num_ready_tokens)
+
+    async def frame(self, data: bytes | memoryview) -> bool:
+        is_complete = await self._importer.frame(data)
+        self._on_progress()
+        return is_complete
+
+    def patience_s(self) -> float | None:
+        return self._importer.patience_s()

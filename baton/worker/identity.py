@@ -1,0 +1,52 @@
+"""What a worker says of itself when it registers."""
+
+import os
+import re
+import secrets
+import socket
+from pathlib import Path
+
+from baton.config import WorkerConfig
+from baton.engine.runner import ModelRunner
+from baton.types import Role, TransportAddress, WorkerInfo
+
+DEMO_NAME = "baton-demo"
+
+
+def describe_worker(
+    config: WorkerConfig,
+    role: Role,
+    runner: ModelRunner,
+    address: str,
+    transports: tuple[TransportAddress, ...],
+) -> WorkerInfo:
+    model = runner.info
+    return WorkerInfo(
+        worker_id=config.worker_id or _default_worker_id(role, address),
+        incarnation=secrets.token_bytes(16),
+        role=role,
+        model=config.served_model_name or config.model or DEMO_NAME,
+        fingerprint=model.fingerprint,
+        layout=runner.kv_cache.layout,
+        address=address,
+        transports=transports,
+        host_id=host_id(),
+        pid=os.getpid(),
+        device=model.device,
+        num_blocks=runner.kv_cache.num_blocks,
+        max_model_len=model.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        vocab_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+    )
+
+
+def _default_worker_id(role: Role, address: str) -> str:
+    name = f"{role}-{socket.gethostname()}-{address.rpartition(':')[2]}"
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", name)[:64]
+
+
+def host_id() -> str:
+    """Equal in processes that can share memory: same boot, same IPC namespace."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{boot_id}/{Path('/proc/self/ns/ipc').stat().st_ino}"

@@ -1,0 +1,84 @@
+"""The life of a worker process.
+
+    load → start → serve … signal → drain → hand over what is left → exit 0
+
+The first signal drains, a second one ends the process at once. A broken engine or machine ends it
+with status 1, so that whoever supervises it starts another.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+from contextlib import AsyncExitStack
+from typing import Any
+
+import torch
+
+from baton.build import runner_config
+from baton.config import WorkerConfig
+from baton.engine.loader import load_runner
+from baton.failpoints import Failpoints
+from baton.rpc import ClusterToken, RpcServer
+from baton.worker.policy import WorkerPolicy
+from baton.worker.process import WorkerProcess
+
+log = logging.getLogger(__name__)
+
+
+def run(config: WorkerConfig, policy: WorkerPolicy) -> int:
+    """Serve until a signal; returns the exit status."""
+    if config.redis_url is None:
+        log.error("--redis-url is missing: without it no gateway finds this worker")
+        return 2
+    if config.failpoint and not config.test_hooks:
+        log.error("--failpoint is for tests and needs --test-hooks")
+        return 2
+    try:
+        failpoints = Failpoints(config.failpoint)
+        return asyncio.run(_serve(config, policy, failpoints, config.redis_url))
+    except (ValueError, OSError) as error:
+        log.error("%s", error)
+        return 2
+
+
+async def _serve(
+    config: WorkerConfig, policy: WorkerPolicy, failpoints: Failpoints, redis_url: str
+) -> int:
+    token = ClusterToken(tuple(secret.get_secret_value() for secret in config.cluster_token))
+    server = RpcServer(token)
+    port = server.bind(config.worker_host, config.worker_port)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    async with AsyncExitStack() as stack:
+        # Blocks the loop on purpose: nothing is served yet, and a signal ends the load at once.
+        runner = load_runner(runner_config(config, config))
+        stack.callback(runner.close)
+        told_to_stop = _listen_to_signals()
+        process = WorkerProcess(config, policy, failpoints, runner, server, port)
+        stack.push_async_callback(process.close)
+        failed = await process.start(token, redis_url)
+        ends: set[asyncio.Future[Any]] = {told_to_stop, failed}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if failed.done():
+            log.error("the worker is broken: %r", failed.result())
+            return 1
+        log.info("draining; a second signal ends at once")
+        await process.drain(config.worker_drain_timeout_s)
+    log.info("drained")
+    return 0
+
+
+def _listen_to_signals() -> asyncio.Future[None]:
+    """Set by the first signal; the second ends the process."""
+    loop = asyncio.get_running_loop()
+    told: asyncio.Future[None] = loop.create_future()
+
+    def on_signal() -> None:
+        if told.done():
+            os._exit(1)
+        told.set_result(None)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    return told

@@ -1,0 +1,119 @@
+"""What a worker process consists of around its loaded model."""
+
+import asyncio
+import logging
+from contextlib import suppress
+
+from baton.build import engine_config
+from baton.config import WorkerConfig
+from baton.engine.core import EngineCore
+from baton.engine.runner import ModelRunner
+from baton.failpoints import Failpoints
+from baton.kvtransfer.memory import KVMemory
+from baton.rpc import ClusterToken, RpcServer
+from baton.worker.data_plane import DataPlane, make_data_plane
+from baton.worker.engine import FailingRunner, StepWatch
+from baton.worker.identity import describe_worker
+from baton.worker.metrics import MetricsServer
+from baton.worker.policy import WorkerPolicy
+from baton.worker.registration import Registration
+from baton.worker.service import SERVICES, WorkerService
+from baton.worker.worker import Worker
+
+log = logging.getLogger(__name__)
+
+SERVER_GRACE_S = 1.0
+
+
+class WorkerProcess:
+    """`start` once; then `drain` (or not); `close` ends everything, in any state."""
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        policy: WorkerPolicy,
+        failpoints: Failpoints,
+        runner: ModelRunner,
+        server: RpcServer,
+        port: int,
+    ) -> None:
+        """
+        Args:
+            server: bound to `port`, not started.
+        """
+        self._config = config
+        self._policy = policy
+        self._failpoints = failpoints
+        self._runner = runner
+        self._server = server
+        self._address = f"{config.advertise_host or config.worker_host}:{port}"
+        self._metrics = MetricsServer(config.worker_host, config.metrics_port)
+        self._plane: DataPlane | None = None
+        self._worker: Worker | None = None
+        self._service: WorkerService | None = None
+        self._registration: Registration | None = None
+        self._watching: asyncio.Task[None] | None = None
+
+    async def start(self, token: ClusterToken, redis_url: str) -> asyncio.Future[Exception]:
+        """Serve and register; the result is set when the worker breaks.
+
+        Raises:
+            ValueError: the settings contradict each other.
+        """
+        config, runner = self._config, self._runner
+        memory = KVMemory(runner.kv_cache.tensor, runner.kv_cache.layout)
+        self._plane = make_data_plane(
+            memory, config.transports, self._server.grpc, token, self._address
+        )
+        transports = await self._plane.start()
+        info = describe_worker(config, self._policy.role, runner, self._address, transports)
+        self._registration = Registration(config, redis_url, info)
+        failing = FailingRunner(runner, self._failpoints) if self._failpoints else runner
+        core = EngineCore(engine_config(config, runner, self._policy.role), failing)
+        observers = (self._metrics.observer, self._registration)
+        self._worker = worker = Worker(
+            info, self._policy, core, self._plane, observers, self._failpoints
+        )
+        self._service = WorkerService(worker.runtime, self._registration.inventory)
+        self._service.add_to(self._server.grpc)
+        worker.start()
+        await self._server.start(SERVICES)
+        self._watching = asyncio.create_task(
+            StepWatch(worker.engine, worker.latency, config).run(self._server.set_serving)
+        )
+        self._registration.start()
+        log.info(
+            "%s: %s at %s, %d KV blocks on %s, metrics on port %d",
+            info.worker_id,
+            info.model,
+            info.address,
+            info.num_blocks,
+            info.device,
+            self._metrics.port,
+        )
+        return worker.runtime.failed
+
+    async def drain(self, timeout_s: float) -> None:
+        """Admit nothing more, finish what is here, hand over the rest at the deadline."""
+        assert self._worker is not None, "started"
+        assert self._registration is not None
+        await self._registration.close()
+        await self._worker.drain(timeout_s)
+
+    async def close(self) -> None:
+        """Idempotent."""
+        if self._watching is not None:
+            self._watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watching
+            await self._server.set_serving(False)
+        if self._registration is not None:
+            await self._registration.close()
+        if self._service is not None:
+            await self._service.close()
+        if self._worker is not None:
+            await self._worker.close()
+        elif self._plane is not None:
+            await self._plane.close()
+        await self._server.stop(SERVER_GRACE_S)
+        self._metrics.close()

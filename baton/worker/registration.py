@@ -1,0 +1,42 @@
+"""A worker's entry in Redis, and what it tells there about its prefix cache."""
+
+import asyncio
+from contextlib import suppress
+
+from baton.config import ClusterSettings
+from baton.engine.events import StepOutput
+from baton.locality import WorkerRegistration, connect
+from baton.messages import WorkerMessage
+from baton.types import BlockHash, WorkerInfo
+
+
+class Registration:
+    """An observer of the engine's prefix cache; registered between `start` and `close`."""
+
+    def __init__(self, settings: ClusterSettings, redis_url: str, info: WorkerInfo) -> None:
+        tokens = [secret.get_secret_value() for secret in settings.cluster_token]
+        self._redis = connect(redis_url)
+        self._entry = WorkerRegistration(self._redis, settings.cluster, tokens, info)
+        self._running: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._running = asyncio.create_task(self._entry.run())
+
+    def inventory(self) -> tuple[int, list[BlockHash]]:
+        return self._entry.inventory()
+
+    def stepped(self, output: StepOutput) -> None:
+        if output.stored or output.removed:
+            self._entry.publish(output.stored, output.removed)
+
+    def sent(self, message: WorkerMessage) -> None:
+        pass
+
+    async def close(self) -> None:
+        """Nobody finds this worker any more. Idempotent."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.cancel()
+            with suppress(asyncio.CancelledError):
+                await running
+            await self._redis.aclose()

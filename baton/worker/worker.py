@@ -1,0 +1,105 @@
+"""One worker in this process: machine, engine thread and data plane, wired together.
+
+It has no server: sessions come in through `runtime`, over gRPC (`baton.worker.process`) or from code
+in the same process.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+from baton.engine.core import EngineCore
+from baton.engine.events import StepOutput
+from baton.engine.thread import EngineThread
+from baton.failpoints import Failpoints
+from baton.kvtransfer.ticket import TicketKeyring
+from baton.latency import LatencyModel
+from baton.messages import WorkerMessage
+from baton.types import WorkerInfo
+from baton.worker.data_plane import DataPlane
+from baton.worker.fetches import FetchDesk
+from baton.worker.machine import WorkerMachine
+from baton.worker.policy import WorkerPolicy
+from baton.worker.runtime import Observer, WorkerRuntime
+
+IDLE_LOOK_S = 0.05
+LAST_WORDS_S = 2.0  # for readers and writers to stop once every leg was handed over
+
+
+class Worker:
+    """Owns its parts. `start` before the first session; `close` ends everything, in any state."""
+
+    def __init__(
+        self,
+        info: WorkerInfo,
+        policy: WorkerPolicy,
+        core: EngineCore,
+        plane: DataPlane,
+        observers: Sequence[Observer] = (),
+        failpoints: Failpoints | None = None,
+    ) -> None:
+        """
+        Args:
+            plane: started already, so that `info` names its addresses.
+        """
+        self.info = info
+        self.core = core
+        self.latency = LatencyModel()
+        machine = WorkerMachine(info, policy, TicketKeyring.random(), self.latency)
+        self.runtime = WorkerRuntime(
+            machine, plane.exports, (_Learner(self.latency), *observers), failpoints
+        )
+        self.engine = EngineThread(
+            core, self.runtime.post_output, on_failure=self.runtime.post_failure
+        )
+        self.fetches = FetchDesk(self.runtime, plane.memory, plane.transports)
+        self.runtime.connect(self.engine, self.fetches)
+        self._plane = plane
+        self._timers: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self.engine.start()
+        self._timers = asyncio.create_task(self.runtime.run_timers())
+
+    @property
+    def is_idle(self) -> bool:
+        """No leg, lease or transfer is open."""
+        return self.runtime.machine.is_idle and not self.fetches and not self.runtime.exports
+
+    async def drain(self, timeout_s: float) -> None:
+        """Admit nothing more; return when all is finished, or handed over at the deadline."""
+        self.runtime.drain()
+        if not await self._idle_within(timeout_s):
+            self.runtime.hand_over()
+            await self._idle_within(LAST_WORDS_S)
+
+    async def _idle_within(self, timeout_s: float) -> bool:
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self.is_idle:
+                    await asyncio.sleep(IDLE_LOOK_S)
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Idempotent; legs that are still here end without a word."""
+        if self._timers is not None:
+            self._timers.cancel()
+        await self.fetches.close()
+        await self._plane.close()
+        # The engine may be waiting for this loop to read its outputs.
+        await asyncio.to_thread(self.engine.stop)
+
+
+class _Learner:
+    """An observer that teaches the model behind the predictions."""
+
+    def __init__(self, model: LatencyModel) -> None:
+        self._model = model
+
+    def stepped(self, output: StepOutput) -> None:
+        if output.timing is not None:
+            self._model.observe(output.timing)
+
+    def sent(self, message: WorkerMessage) -> None:
+        pass
