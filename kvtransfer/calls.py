@@ -19,7 +19,7 @@ import grpc
 from baton import wire
 from baton.errors import BatonError, Cause
 from baton.kvtransfer.base import Buffers, FetchOpen, FrameSource
-from baton.kvtransfer.pump import Credits, FetchScope, serve, settle
+from baton.kvtransfer.pump import Credits, FetchScope, serve, settle, uninterrupted
 from baton.rpc import ClusterToken, Connection, connect, to_baton_error
 from baton.v1 import kv_pb2 as pb
 
@@ -109,6 +109,7 @@ class FetchCalls:
 
     async def _serve(self, _requests: Any, context: Any) -> None:
         """The handler of `KV.Fetch`: failures are told in a reply, with their cause."""
+        replies = _Replies(context)
         try:
             request = await context.read()
             if request is grpc.aio.EOF or request.WhichOneof("message") != "open":
@@ -117,18 +118,20 @@ class FetchCalls:
             offer = self._offers.get(transport)
             if offer is None:
                 raise BatonError(Cause.UNSUPPORTED, f"transport {transport!r} is not offered")
-            await offer.scope.run(_serve_call(offer, fetch, lane, context))
+            await offer.scope.run(_serve_call(offer, fetch, lane, context, replies))
         except BatonError as error:
             logger.info("a fetch ended: %s: %s", error.cause.name, error.message)
             detail, cause = error.message[: wire.MAX_DETAIL_LEN], int(error.cause)
             failed = pb.FetchFailed(cause=cause, detail=detail)  # type: ignore[arg-type]
-            await context.write(pb.FetchReply(failed=failed))
+            await replies.write(pb.FetchReply(failed=failed))
 
 
-async def _serve_call(offer: _Offer, fetch: FetchOpen, lane: bytes, context: Any) -> None:
+async def _serve_call(
+    offer: _Offer, fetch: FetchOpen, lane: bytes, context: Any, replies: "_Replies"
+) -> None:
     opened_lane = None if offer.open_lane is None else await offer.open_lane(lane)
     try:
-        consumer = _CallConsumer(context, Credits(fetch.initial_credit), opened_lane)
+        consumer = _CallConsumer(context, replies, Credits(fetch.initial_credit), opened_lane)
         serving = asyncio.create_task(serve(offer.source, fetch, consumer))
         listening = asyncio.create_task(consumer.listen())
         try:
@@ -140,25 +143,55 @@ async def _serve_call(offer: _Offer, fetch: FetchOpen, lane: bytes, context: Any
             await settle(serving, listening)
     finally:
         if opened_lane is not None:
-            await opened_lane.close()
+            await uninterrupted(opened_lane.close())
+
+
+class _Replies:
+    """Writes to one call. gRPC takes one write at a time, and a write that is cancelled while the
+    consumer takes nothing stays in flight: so none is cancelled, and the next one waits for it."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self._writing: asyncio.Task[bool] | None = None
+
+    async def write(self, reply: pb.FetchReply | Buffers) -> None:
+        """
+        Raises:
+            BatonError: CANCELLED; the call is over.
+        """
+        if self._writing is not None:
+            await asyncio.wait({self._writing})
+        self._writing = asyncio.create_task(self._write(reply))
+        if not await asyncio.shield(self._writing):
+            raise BatonError(Cause.CANCELLED, "the consumer is gone")
+
+    async def _write(self, reply: pb.FetchReply | Buffers) -> bool:
+        try:
+            await self._context.write(reply)
+        except (grpc.aio.UsageError, grpc.aio.InternalError, asyncio.CancelledError):
+            return False
+        return True
 
 
 class _CallConsumer:
     """The consumer at the other end of a call; a `pump.Consumer`."""
 
-    def __init__(self, context: Any, credits: Credits, lane: Lane | None) -> None:
+    def __init__(
+        self, context: Any, replies: "_Replies", credits: Credits, lane: Lane | None
+    ) -> None:
         self.credits = credits
         self.done = asyncio.Event()
         self._context = context
+        self._replies = replies
         self._lane = lane
 
     async def opened(self, epoch: int, num_ready_tokens: int) -> None:
         opened = pb.FetchOpened(epoch=epoch, num_ready_tokens=num_ready_tokens)
-        await self._context.write(pb.FetchReply(opened=opened))
+        await self._replies.write(pb.FetchReply(opened=opened))
 
     async def send(self, frame: Buffers) -> None:
         if self._lane is None:
-            await self._context.write(frame)
+            await self._replies.write(frame)
         else:
             await self._lane.send(frame)
 

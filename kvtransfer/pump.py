@@ -214,7 +214,8 @@ async def settle(*tasks: asyncio.Task[Any]) -> None:
     cancelled meanwhile does not cut the wait short."""
     for task in tasks:
         task.cancel()
-    await uninterrupted(asyncio.wait(tasks))
+    if tasks:
+        await uninterrupted(asyncio.wait(tasks))
     for task in tasks:
         if not task.cancelled():
             task.exception()  # retrieved, so that asyncio does not warn
@@ -266,5 +267,4 @@ class FetchScope:
     async def close(self) -> None:
         """Cancel every fetch and wait for their ends. Idempotent."""
         self._is_closed = True
-        if self._tasks:
-            await settle(*self._tasks)
+        await settle(*self._tasks)

@@ -1,0 +1,220 @@
+"""`KV.Fetch` against peers that do not keep to the protocol, and its messages' bytes."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton.errors import BatonError, Cause
+from baton.kvtransfer.base import Buffers
+from baton.kvtransfer.calls import (
+    decode_reply,
+    encode_reply,
+    fetch_open_from_pb,
+    fetch_open_to_pb,
+)
+from baton.v1 import kv_pb2 as pb
+from tests.kvtransfer.support import (
+    ScriptedAttachment,
+    ScriptedSource,
+    frames_script,
+    grpc_end,
+    make_fetch,
+)
+
+
+@given(st.binary(max_size=400), st.integers(0, 64))
+def test_a_frame_crosses_as_the_message_that_the_proto_says(frame: bytes, cut: int) -> None:
+    data = encode_reply((frame[:cut], memoryview(frame)[cut:]))
+    assert data == pb.FetchReply(frame=frame).SerializeToString()
+    decoded = decode_reply(data)
+    assert isinstance(decoded, memoryview)
+    assert decoded == frame
+
+
+@pytest.mark.parametrize("size", [0, 127, 128, 16383, 16384, 1 << 21, (1 << 21) - 1])
+def test_frame_lengths_around_varint_borders(size: int) -> None:
+    data = encode_reply((bytes(size),))
+    assert data == pb.FetchReply(frame=bytes(size)).SerializeToString()
+    assert bytes(decode_reply(data)) == bytes(size)  # type: ignore[arg-type]
+
+
+def test_other_spellings_of_a_frame_are_understood() -> None:
+    # An over-long varint and an unknown field behind it: valid protobuf, not our own bytes.
+    assert bytes(decode_reply(b"\x1a\x83\x00abc")) == b"abc"  # type: ignore[arg-type]
+    assert bytes(decode_reply(b"\x1a\x03abc\x78\x01")) == b"abc"  # type: ignore[arg-type]
+    reply = pb.FetchReply(opened=pb.FetchOpened(epoch=5))
+    assert decode_reply(encode_reply(reply)) == reply
+
+
+@given(st.binary(max_size=40))
+def test_noise_is_a_message_or_an_error_of_protobuf(noise: bytes) -> None:
+    with suppress(DecodeError):
+        decode_reply(b"\x1a" + noise)
+
+
+def test_opening_survives_the_wire() -> None:
+    fetch = make_fetch(50, token_start=16, initial_credit=3)
+    message = pb.FetchOpen.FromString(fetch_open_to_pb(fetch, "ucx", b"lane").SerializeToString())
+    assert fetch_open_from_pb(message) == (fetch, "ucx", b"lane")
+
+
+def opening() -> pb.FetchOpen:
+    return fetch_open_to_pb(make_fetch(1), "grpc", b"")
+
+
+def spoiled(**fields: Any) -> pb.FetchOpen:
+    message = opening()
+    for name, value in fields.items():
+        setattr(message, name, value)
+    return message
+
+
+@pytest.mark.parametrize(
+    ("message", "cause"),
+    [
+        (pb.FetchOpen(), Cause.UNSUPPORTED),
+        (pb.FetchOpen(chain=pb.HashChain(hashes=[bytes(32)])), Cause.UNSUPPORTED),
+        (spoiled(fingerprint=b"short"), Cause.PROTOCOL),
+        (spoiled(tokens_digest=b""), Cause.PROTOCOL),
+        (spoiled(salt_digest=bytes(33)), Cause.PROTOCOL),
+        (spoiled(consumer=""), Cause.PROTOCOL),
+        (spoiled(consumer="x" * 1000), Cause.PROTOCOL),
+        (spoiled(transport=""), Cause.PROTOCOL),
+        (spoiled(lane=bytes(1 << 20)), Cause.PROTOCOL),
+    ],
+)
+def test_what_no_correct_consumer_opens(message: pb.FetchOpen, cause: Cause) -> None:
+    with pytest.raises(BatonError) as caught:
+        fetch_open_from_pb(message)
+    assert caught.value.cause is cause
+
+
+async def endless(_attachment: ScriptedAttachment) -> AsyncGenerator[Buffers, None]:
+    while True:
+        yield (b"frame",)
+
+
+class RawCall:
+    """A consumer that says whatever a test wants."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        method = channel.stream_stream("/baton.v1.KV/Fetch")
+        self.call: Any = method(metadata=(("authorization", "Bearer secret"),))
+
+    async def send(self, message: Any) -> None:
+        await self.call.write(
+            message if isinstance(message, bytes) else message.SerializeToString()
+        )
+
+    async def cause(self) -> Cause:
+        """Of the failure that ends the call; frames before it are skipped."""
+        while (data := await self.call.read()) is not grpc.aio.EOF:
+            reply = decode_reply(data)
+            if isinstance(reply, pb.FetchReply) and reply.WhichOneof("message") == "failed":
+                return Cause(reply.failed.cause)
+        raise AssertionError("the call ended in silence")
+
+
+@pytest.fixture
+async def source() -> ScriptedSource:
+    return ScriptedSource(endless)
+
+
+@pytest.fixture
+async def raw(source: ScriptedSource) -> AsyncIterator[RawCall]:
+    async with grpc_end("grpc") as transport:
+        address = (await transport.start(source)).address
+        async with grpc.aio.insecure_channel(address) as channel:
+            yield RawCall(channel)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        pb.FetchRequest(),
+        pb.FetchRequest(credit=pb.FetchCredit(num_frames=1)),
+        pb.FetchRequest(done=pb.FetchDone()),
+    ],
+)
+async def test_a_fetch_begins_with_opening(raw: RawCall, first: pb.FetchRequest) -> None:
+    await raw.send(first)
+    assert await raw.cause() is Cause.PROTOCOL
+
+
+async def test_a_transport_that_is_not_offered(raw: RawCall) -> None:
+    await raw.send(pb.FetchRequest(open=spoiled(transport="pigeon")))
+    assert await raw.cause() is Cause.UNSUPPORTED
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        pb.FetchRequest(open=opening()),
+        pb.FetchRequest(credit=pb.FetchCredit(num_frames=0)),
+        pb.FetchRequest(credit=pb.FetchCredit(num_frames=1 << 30)),
+        pb.FetchRequest(),
+    ],
+)
+async def test_nonsense_in_the_middle_ends_the_attachment(
+    raw: RawCall, source: ScriptedSource, second: pb.FetchRequest
+) -> None:
+    await raw.send(pb.FetchRequest(open=opening()))
+    await raw.send(second)
+    assert await raw.cause() is Cause.PROTOCOL
+    await source.attachments[0].closed.wait()
+    assert not source.attachments[0].is_done
+
+
+async def test_bytes_that_are_no_message(raw: RawCall, source: ScriptedSource) -> None:
+    await raw.call.write(b"\xff\xff\xff\xff")
+    with pytest.raises(grpc.aio.AioRpcError):
+        await raw.cause()
+    assert source.attachments == []
+
+
+async def test_a_consumer_that_hangs_up_is_not_done(raw: RawCall, source: ScriptedSource) -> None:
+    await raw.send(pb.FetchRequest(open=opening()))
+    attachment = await source.attachment()
+    await raw.call.done_writing()
+    await attachment.closed.wait()
+    assert not attachment.is_done
+
+
+async def test_a_consumer_that_drops_the_call_is_not_done(
+    raw: RawCall, source: ScriptedSource
+) -> None:
+    await raw.send(pb.FetchRequest(open=opening()))
+    attachment = await source.attachment()
+    raw.call.cancel()
+    await attachment.closed.wait()
+    assert not attachment.is_done
+
+
+async def test_without_the_token_nothing_is_opened(source: ScriptedSource) -> None:
+    async with grpc_end("grpc") as transport:
+        address = (await transport.start(source)).address
+        async with grpc.aio.insecure_channel(address) as channel:
+            call: Any = channel.stream_stream("/baton.v1.KV/Fetch")()
+            await call.write(pb.FetchRequest(open=opening()).SerializeToString())
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call.read()
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert source.attachments == []
+
+
+async def test_done_before_the_frames_are_taken_ends_the_fetch(
+    raw: RawCall, source: ScriptedSource
+) -> None:
+    source.script = frames_script([b"x"] * 3)
+    await raw.send(pb.FetchRequest(open=opening()))
+    await raw.send(pb.FetchRequest(done=pb.FetchDone()))
+    attachment = await source.attachment()
+    await asyncio.wait_for(attachment.closed.wait(), 20)
+    assert attachment.is_done
