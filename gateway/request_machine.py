@@ -50,6 +50,7 @@ from baton.gateway.legs import (
     Send,
     TransferStarted,
 )
+from baton.gateway.patience import Patience
 from baton.gateway.router import Need, Refusal, RouteDecision
 from baton.gateway.timeline import Timeline
 from baton.messages import (
@@ -72,7 +73,6 @@ from baton.messages import (
 )
 from baton.types import KVTicket, LegId, Request, TokenChunk, WorkerInfo
 
-
 _TIMER_MS = 0.1  # forecasts are not finer, and clocks may wake a little early
 
 
@@ -89,11 +89,7 @@ class RequestMachine:
         self._prefill: PrefillLeg | None = None
         self._decode: DecodeLeg | None = None
         self._fingerprint: bytes | None = None
-        self._avoid: dict[str, float] = {}  # worker → until when
-        self._deaths: set[bytes] = set()  # incarnations
-        self._suspect_since_ms: float | None = None
-        self._num_failures = 0
-        self._waiting_since_ms: float | None = None
+        self._patience = Patience(config)
         self._effects: list[Effect] = []
         self._timeline = Timeline(now_ms)
         self.deadline_ms = (
@@ -145,15 +141,12 @@ class RequestMachine:
             dead = self._decode.info.incarnation
             self._decode = None
         if dead is not None:
-            self._deaths.add(dead)
+            self._patience.lost(dead)
         return self._settle(now_ms)
 
     def on_worker_back(self, incarnation: bytes, now_ms: float) -> list[Effect]:
         """The same process answers again: only the connection had been lost."""
-        if incarnation not in self._deaths:
-            return []
-        self._deaths.discard(incarnation)
-        return self._settle(now_ms)
+        return self._settle(now_ms) if self._patience.is_back(incarnation) else []
 
     def on_choice_finished(self, choice: int, now_ms: float) -> list[Effect]:
         """A stop string: the choice needs no more tokens."""
@@ -180,7 +173,7 @@ class RequestMachine:
                 need = self._need(now_ms)
                 leg.left_ms = self._planner.local_ms(need, leg.info.worker_id, num_cached)
                 leg.as_of_ms = now_ms
-                self._waiting_since_ms = None
+                self._patience.got_on()
                 self._timeline.admitted(num_cached, now_ms)
             case Progress(_, _, left_ms):
                 leg.left_ms, leg.as_of_ms = left_ms, now_ms
@@ -188,7 +181,7 @@ class RequestMachine:
                 self._commit(leg, message, now_ms)
                 leg.awaited.discard(message.choice)
             case NoRoom(_, _, retry_after_ms):
-                self._avoid[leg.info.worker_id] = now_ms + max(retry_after_ms, 1)
+                self._patience.avoid(leg.info.worker_id, now_ms, max(retry_after_ms, 1))
                 self._prefill = None
             case LeaseLost():
                 leg.is_void = True
@@ -201,9 +194,9 @@ class RequestMachine:
         match message:
             case Bound(_, num_cached) if leg.phase is Phase.BINDING:
                 leg.phase = Phase.IMPORTING
-                self._waiting_since_ms = None
+                self._patience.got_on()
             case Admitted(_, num_cached, _):
-                self._waiting_since_ms = None
+                self._patience.got_on()
                 self._timeline.admitted(num_cached, now_ms)
             case Imported(_, stats) if leg.phase in {Phase.BINDING, Phase.IMPORTING}:
                 leg.phase = Phase.DECODING
@@ -211,7 +204,7 @@ class RequestMachine:
             case TokenChunk():
                 self._commit(leg, message, now_ms)
             case NoRoom(_, _, retry_after_ms):
-                self._avoid[leg.info.worker_id] = now_ms + max(retry_after_ms, 1)
+                self._patience.avoid(leg.info.worker_id, now_ms, max(retry_after_ms, 1))
                 self._decode = None
             case KvFailed() if leg.phase in {Phase.BINDING, Phase.IMPORTING}:
                 leg.phase, leg.failed = Phase.IMPORTING, message
@@ -241,12 +234,8 @@ class RequestMachine:
             self._decode = None
         if cause is Cause.PROTOCOL:
             self._send(leg.info, Abort(leg.leg))
-        self._num_failures += 1
-        # The request's deadline is ours to watch; that of a worker is about the leg alone.
-        is_final = not cause.retryable and cause is not Cause.DEADLINE_EXCEEDED
-        if is_final or self._num_failures > self._config.max_failures:
+        if not self._patience.failed(leg.info.worker_id, cause, now_ms):
             self._end(cause, detail or cause.name.lower())
-        self._avoid[leg.info.worker_id] = now_ms + self._config.retry_delay_ms
 
     # ── decisions ────────────────────────────────────────────────────────────────────────────────
 
@@ -273,27 +262,15 @@ class RequestMachine:
             return
         if prefill is not None and prefill.is_void:
             self._drop_prefill()
-        if self._is_suspect(now_ms):
-            return
-        if self._prefill is None:
+        verdict_at_ms = self._patience.verdict_at_ms(now_ms)
+        if verdict_at_ms is not None:
+            if now_ms >= verdict_at_ms:
+                self._end(Cause.WORKER_LOST, "several workers were lost computing it")
+            self.wake_at_ms = min(self.wake_at_ms, verdict_at_ms)
+        elif self._prefill is None:
             self._route(self._planner.plan(self._need(now_ms)), now_ms)
         elif self._prefill.ticket is not None:
             self._bind(self._prefill, self._prefill.ticket, now_ms)
-
-    def _is_suspect(self, now_ms: float) -> bool:
-        """Two workers were lost computing it: unless one of them turns out to live, no third is
-        tried."""
-        if len(self._deaths) < self._config.max_deaths:
-            self._suspect_since_ms = None
-            return False
-        if self._suspect_since_ms is None:
-            self._suspect_since_ms = now_ms
-        limit_ms = self._suspect_since_ms + self._config.acquittal_ms
-        if now_ms >= limit_ms:
-            self._end(Cause.WORKER_LOST, f"{len(self._deaths)} workers were lost computing it")
-        else:
-            self.wake_at_ms = min(self.wake_at_ms, limit_ms)
-        return True
 
     def _route(self, decision: RouteDecision | Refusal, now_ms: float) -> None:
         if isinstance(decision, Refusal):
@@ -406,21 +383,17 @@ class RequestMachine:
 
     def _wait(self, refusal: Refusal, now_ms: float) -> None:
         """Only the gateway waits: for room, or, once something was computed, for a worker."""
-        nobody = refusal.cause in {Cause.NO_WORKER, Cause.DRAINING}
-        if refusal.cause is Cause.NEVER_FITS or (nobody and self.report.num_attempts == 0):
+        is_new = self.report.num_attempts == 0
+        limit_ms = self._patience.wait_until_ms(refusal, now_ms)
+        can_wait = refusal.cause is Cause.NO_ROOM or (
+            refusal.cause is not Cause.NEVER_FITS and not is_new
+        )
+        if not can_wait or now_ms >= limit_ms:
             self._end(refusal.cause, refusal.message)
             return
-        if self._waiting_since_ms is None:
-            self._waiting_since_ms = now_ms
-        config = self._config
-        patience_ms = config.reroute_wait_ms if nobody else config.queue_timeout_ms
-        limit_ms = self._waiting_since_ms + patience_ms
-        if now_ms >= limit_ms:
-            self._end(refusal.cause, f"{refusal.message}, for {patience_ms / 1e3:g} s")
-            return
         self.is_parked = True
-        retries = [until for until in self._avoid.values() if until > now_ms]
-        self.wake_at_ms = min([self.wake_at_ms, limit_ms, *retries])
+        retry_ms = self._patience.next_retry_ms(now_ms)
+        self.wake_at_ms = min(self.wake_at_ms, limit_ms, retry_ms)
 
     # ── helpers ──────────────────────────────────────────────────────────────────────────────────
 
@@ -449,7 +422,6 @@ class RequestMachine:
         return LegId(self._request.request_id, self._timeline.next_attempt())
 
     def _need(self, now_ms: float) -> Need:
-        self._avoid = {worker: t for worker, t in self._avoid.items() if t > now_ms}
         lengths = [self._output.length(choice) for choice in self._output.open_choices]
         max_tokens = self._request.sampling.max_tokens or 0
         return Need(
@@ -459,7 +431,7 @@ class RequestMachine:
             max_new_tokens=max(max_tokens - min(lengths), 1),
             total_len=len(self._request.prompt_token_ids) + max_tokens,
             fingerprint=self._fingerprint,
-            avoid=frozenset(self._avoid),
+            avoid=self._patience.avoided(now_ms),
         )
 
     def _request_now(self, now_ms: float) -> Request:

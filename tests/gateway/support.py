@@ -79,4 +79,5 @@ def ticket(info: WorkerInfo, num_tokens: int = 40) -> KVTicket:
         salt_digest=b"s" * 32,
         expires_at_ms=1,
         key_id=1,
+        mac=b"m" * 32,
     )
