@@ -194,12 +194,15 @@ class UcxWorker:
     def __init__(self, settings: dict[str, str]) -> None:
         """
         Raises:
-            ucxx UCXError: UCX cannot run here.
+            OSError: UCX cannot run here.
         """
         features = (ucx.Feature.TAG, ucx.Feature.WAKEUP)
-        self._context = ucx.UCXContext(settings, feature_flags=features)
-        self._worker = ucx.UCXWorker(self._context)
-        self._worker.init_blocking_progress_mode()
+        try:
+            self._context = ucx.UCXContext(settings, feature_flags=features)
+            self._worker = ucx.UCXWorker(self._context)
+            self._worker.init_blocking_progress_mode()
+        except ucx.UCXError as error:
+            raise OSError(f"UCX cannot run: {error}") from error
         self._handles_errors = handles_errors()
         if not self._handles_errors:
             logger.warning("UCX over shared memory alone: the death of a peer is not handled")

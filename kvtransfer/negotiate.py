@@ -1,0 +1,93 @@
+"""Which transports this worker has, and which one a fetch takes."""
+
+import logging
+from collections.abc import Collection, Sequence
+
+from baton.errors import BatonError, Cause
+from baton.kvtransfer.base import Transport
+from baton.kvtransfer.calls import FetchCalls
+from baton.kvtransfer.grpc_stream import GrpcTransport
+from baton.rpc import is_loopback
+from baton.types import TransportAddress
+
+logger = logging.getLogger(__name__)
+
+NAMES = ("ucx", "grpc")
+
+
+def make_transports(names: Sequence[str], calls: FetchCalls, address: str) -> tuple[Transport, ...]:
+    """The transports in `names` that this machine can run, in that order; the others are logged.
+
+    Args:
+        address: host:port at which others reach the gRPC server behind `calls`.
+
+    Raises:
+        ValueError: a name is unknown, or none of them can be run.
+    """
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        raise ValueError(f"unknown transport {unknown[0]!r}; there are {', '.join(NAMES)}")
+    made = tuple(t for name in names if (t := _make(name, calls, address)) is not None)
+    if not made:
+        raise ValueError(f"none of the transports {', '.join(names) or '(none)'} can be used")
+    logger.info("KV transports: %s", ", ".join(transport.name for transport in made))
+    return made
+
+
+def _make(name: str, calls: FetchCalls, address: str) -> Transport | None:
+    if name == "grpc":
+        return GrpcTransport(calls, address)
+    try:
+        from baton.kvtransfer.ucx import UcxTransport
+
+        return UcxTransport(calls, address)
+    except ImportError:
+        logger.info("no UCX here: the ucx extra is not installed")
+    except OSError as error:
+        logger.warning("no UCX here: %s", error)
+    return None
+
+
+def choose(
+    own: Sequence[str],
+    offered: Sequence[TransportAddress],
+    is_same_host: bool,
+    avoid: Collection[TransportAddress] = (),
+) -> TransportAddress:
+    """The producer's address for a fetch: the first of `own` that it offers and that can be
+    reached.
+
+    Args:
+        own: names of the consumer's transports, in its order of preference.
+        offered: the producer's, from its registration.
+        is_same_host: do both share memory (equal host ids)? A loopback address is of no use
+            otherwise.
+        avoid: addresses that failed a moment ago; taken only if there is nothing else.
+
+    Raises:
+        BatonError: UNSUPPORTED; they have none in common.
+    """
+    common = [
+        address
+        for name in own
+        for address in offered
+        if address.name == name
+        and (is_same_host or not is_loopback(address.address.rpartition(":")[0]))
+    ]
+    if not common:
+        raise BatonError(
+            Cause.UNSUPPORTED,
+            f"no common transport: the producer offers {_names(offered)}, "
+            f"this worker has {', '.join(own) or 'none'}",
+        )
+    chosen = min(common, key=lambda address: address in avoid)
+    logger.debug("KV over %s from %s (offered: %s)", *_pair(chosen), _names(offered))
+    return chosen
+
+
+def _pair(address: TransportAddress) -> tuple[str, str]:
+    return address.name, address.address
+
+
+def _names(offered: Sequence[TransportAddress]) -> str:
+    return ", ".join(f"{name} at {where}" for name, where in map(_pair, offered)) or "none"
