@@ -1,7 +1,7 @@
 """One worker in this process: machine, engine thread and data plane, wired together.
 
-It has no server: sessions come in through `runtime`, over gRPC (`baton.worker.process`) or from code
-in the same process.
+It has no server: sessions come in through `runtime`, over gRPC (`baton.worker.process`) or from
+code in the same process.
 """
 
 import asyncio
