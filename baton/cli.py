@@ -104,7 +104,8 @@ def _start(config: BaseModel, process: str) -> None:
     assert isinstance(config, LogSettings)
     name = getattr(config, "worker_id", None) if process.endswith("worker") else None
     setup_logging(config, name or process)
-    log.info("baton %s %s\n%s", baton.__version__, process, describe(config))
+    settings = f"\n{describe(config)}" if config.print_config else ""
+    log.info("baton %s %s%s", baton.__version__, process, settings)
 
 
 def _run(run: Callable[[Config], int], config: Config) -> int:

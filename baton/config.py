@@ -180,6 +180,7 @@ class LogSettings(_Section):
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Level.")
     log_format: Literal["text", "json"] = Field("text", description="Lines for people or machines.")
+    print_config: bool = Field(True, description="Print the resolved settings at start.")
 
 
 class FleetSettings(_Section):

@@ -80,7 +80,8 @@ class Fleet:
             for name, value in to_env(self.config).items()
             if name not in ("BATON_PREFILL_WORKERS", "BATON_DECODE_WORKERS")
         }
-        return env | own | {"BATON_REDIS_URL": self.redis_url, "PYTHONSAFEPATH": "1"}
+        own |= {"BATON_REDIS_URL": self.redis_url, "BATON_PRINT_CONFIG": "false"}
+        return env | own | {"PYTHONSAFEPATH": "1"}
 
     async def stop(self) -> None:
         for names in (("gateway",), tuple(self.worker_names), ("redis",)):
@@ -145,13 +146,22 @@ async def serve(config: ServeConfig) -> int:
 
 
 async def _announce(fleet: Fleet) -> None:
-    """Once a route is proven: one table and a command to paste."""
-    while await asyncio.to_thread(fleet.get, "/health") is None:
-        await asyncio.sleep(POLL_S)  # noqa: ASYNC110 - another process gets ready, not a task
-    cluster = await asyncio.to_thread(fleet.get, "/v1/cluster")
+    """Once everybody is there and a route is proven: one table and a command to paste."""
+    cluster: dict[str, Any] = {}
+    while not _is_complete(fleet, cluster):
+        await asyncio.sleep(POLL_S)
+        cluster = await asyncio.to_thread(fleet.get, "/v1/cluster") or {}
     models = await asyncio.to_thread(fleet.get, "/v1/models")
-    print(render_table(fleet, cluster or {}), flush=True)
+    print(render_table(fleet, cluster), flush=True)
     print(render_curl(fleet, models or {}), flush=True)
+
+
+def _is_complete(fleet: Fleet, cluster: dict[str, Any]) -> bool:
+    up = {w["worker_id"] for w in cluster.get("workers", []) if w["state"] == "up"}
+    has_both = fleet.config.prefill_workers > 0 and fleet.config.decode_workers > 0
+    # A link appears with the first KV that travelled: until then no transport is in use.
+    is_linked = bool(cluster.get("links")) or not has_both
+    return bool(cluster.get("ready")) and is_linked and up >= set(fleet.worker_names)
 
 
 def render_table(fleet: Fleet, cluster: dict[str, Any]) -> str:

@@ -43,7 +43,7 @@ def redis_command(directory: Path) -> list[str]:
         *("--appendonly", "no"),
         *("--maxmemory", "256mb"),
         *("--maxmemory-policy", "volatile-ttl"),
-        *("--loglevel", "warning"),
+        *("--logfile", str(directory / "redis.log")),
     ]
 
 
