@@ -24,7 +24,15 @@ class Case:
 
 
 GREEDY = {"temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
-SEEDED = {"temperature": 1.0, "seed": 7, "max_tokens": 24, "ignore_eos": True}
+# top_p and top_k are said: the gateway would take them from generation_config.json.
+SEEDED = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "seed": 7,
+    "max_tokens": 24,
+    "ignore_eos": True,
+}
 CASES = [
     Case("greedy", 40, GREEDY),
     Case("seeded", 50, SEEDED),

@@ -11,7 +11,14 @@ import pytest
 
 from baton import SamplingParams
 
-BODY = {"temperature": 1.0, "seed": 11, "max_tokens": 48, "ignore_eos": True}
+BODY = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "seed": 11,
+    "max_tokens": 48,
+    "ignore_eos": True,
+}
 MAX_SILENCE_S = 8.0  # heartbeat loss is noticed at 2.5 s; the rest is this machine's two cores
 
 
