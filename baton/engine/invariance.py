@@ -1,77 +1,115 @@
 """Same bits for a row whatever else is in the batch (`--batch-invariant`), by measurement.
 
-Numbers of rows and columns decide which kernels the libraries use and how they split sums, and
-with it the last bits. Padding a call to the right size avoids that at little cost. Which sizes are
-right depends on processor and libraries, so it is found at start: each probe compares calls of many
-sizes with a large one, bit for bit. Where nothing helps, the mode is refused.
+Numbers of rows and columns decide which kernels the libraries use and how they split sums, and with
+it the last bits. Padding a call to the right size avoids that at little cost. Which sizes are right
+depends on processor and libraries, so it is found at start: each probe compares calls of many sizes
+with a large one, bit for bit. Where nothing helps, the mode is refused.
+
+Rounding to 16 bits hides most differences in a float32 sum, and shows the rest to whoever is
+unlucky. The probes therefore compute sums that cancel: what is left of them is rounding error.
 
 The other ops of a step (embedding, RMSNorm, RoPE, silu · up and residual, which ride on GEMMs)
 compute each row by itself; tests/engine/test_invariance.py checks the whole step.
 """
 
-import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from baton.engine.layers.linear import Linear
-from baton.engine.model_config import ModelConfig
 from baton.errors import InvalidRequest
 from baton.kernels.paged_attention_cpu import KV_TILE, Invariance
 
-log = logging.getLogger(__name__)
-
-_STEP = 16  # columns; blocks are a multiple
+_STEP = 16  # columns; a block has a multiple
 _ROWS = 64  # of the call that the others are compared with
-_SMALL_ROWS = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 31, 33, 48, 63)
-_SAMPLED_FEATURES = 4096  # a wide layer is probed up to here; its columns are computed alike
+_FEW_ROWS = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 31, 33, 48, 63)
+_MULTIPLES = (1, 2, 4, 8, 16, 32)
 
 
-def probe_invariance(config: ModelConfig, dtype: torch.dtype) -> Invariance:
-    """How attention calls must be padded on this machine.
+@lru_cache(maxsize=8)
+def probe_invariance(head_dim: int, dtype: torch.dtype) -> Invariance:
+    """How attention calls must be padded on this machine; measured once per process.
 
     Raises:
         InvalidRequest: no padding makes attention batch-invariant here.
     """
-    generator = torch.Generator().manual_seed(0)
-    shape = (2, 1, 2 * KV_TILE, config.head_dim)
-    q, k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
-    for row_multiple in (1, 2, 4, 8, 16, 32):
-        sizes = range(row_multiple, _ROWS, row_multiple)
-        if _are_equal_rows(q, k, v, sizes):
-            widths = tuple(w for w in range(_STEP, KV_TILE, _STEP) if _is_equal_width(q, k, v, w))
-            return Invariance((*widths, KV_TILE), row_multiple)
-    raise InvalidRequest("attention cannot be made batch-invariant here", "batch_invariant")
+    for multiple in _MULTIPLES:
+        sizes = range(multiple, _ROWS, multiple)
+        if all(_are_equal_rows(probe, sizes) for probe in _probes(KV_TILE, head_dim, dtype)):
+            break
+    else:
+        raise InvalidRequest("attention cannot be made batch-invariant here", "batch_invariant")
+    widths = [
+        width
+        for width in range(_STEP, KV_TILE, _STEP)
+        if all(
+            _is_equal_width(probe, columns)
+            for columns in (width, KV_TILE + width)
+            for probe in _probes(columns, head_dim, dtype)
+        )
+    ]
+    return Invariance((*widths, KV_TILE), multiple)
 
 
-def _are_equal_rows(q: Tensor, k: Tensor, v: Tensor, sizes: Iterable[int]) -> bool:
-    k, v = k[:, :, :KV_TILE], v[:, :, :KV_TILE]
-    reference = F.scaled_dot_product_attention(q[:, :, :_ROWS], k, v)
-    return all(
-        torch.equal(F.scaled_dot_product_attention(q[:, :, :n], k, v), reference[:, :, :n])
-        for n in sizes
-    )
+class _Probe(NamedTuple):
+    """Inputs of an attention call: [2, 1, rows or columns, head_dim]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+
+    def attend(self, num_rows: int, num_columns: int, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.q[:, :, :num_rows], self.k[:, :, :num_columns], self.v[:, :, :num_columns]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
 
 
-def _is_equal_width(q: Tensor, k: Tensor, v: Tensor, width: int) -> bool:
-    """Whether `width` columns give the bits of KV_TILE of them, the rest masked; also as the second
-    tile of a call."""
-    q = q[:, :, :_ROWS]
-    for before in (0, KV_TILE):
-        whole, part = before + KV_TILE, before + width
-        mask = torch.zeros(1, whole, dtype=q.dtype)
-        mask[:, part:] = float("-inf")
-        padded = F.scaled_dot_product_attention(q, k[:, :, :whole], v[:, :, :whole], attn_mask=mask)
-        exact = F.scaled_dot_product_attention(q, k[:, :, :part], v[:, :, :part])
-        if not torch.equal(padded, exact):
-            return False
-    return True
+def _probes(num_columns: int, head_dim: int, dtype: torch.dtype) -> Iterator[_Probe]:
+    """Inputs whose first `num_columns` columns cancel in the weighted sum; and such whose scores
+    cancel, scaled up so that the rounding errors become weights."""
+    generator = torch.Generator().manual_seed(num_columns)
+    rows, columns = (2, 1, _ROWS, head_dim), (2, 1, 2 * KV_TILE, head_dim)
+    q, k, v = (torch.randn(shape, generator=generator) for shape in (rows, columns, columns))
+    cancelling_v = v.clone()
+    cancelling_v[:, :, :num_columns] = _cancelling(v[:, :, :num_columns], 2, generator)
+    cancelling_k = _cancelling(k, 3, generator)
+    for probe in (
+        _Probe(torch.zeros_like(q), k, cancelling_v, 1.0),
+        _Probe(torch.ones_like(q), cancelling_k, v, 2.0**20),
+        _Probe(q, k, v, head_dim**-0.5),
+    ):
+        yield _Probe(probe.q.to(dtype), probe.k.to(dtype), probe.v.to(dtype), probe.scale)
+
+
+def _cancelling(x: Tensor, dim: int, generator: torch.Generator) -> Tensor:
+    """Numbers of very different sizes, so that a sum must round; the second half along `dim` is the
+    first, negated and shuffled."""
+    half = x.shape[dim] // 2
+    order = torch.randperm(half, generator=generator)
+    first = x.narrow(dim, 0, half)
+    first = first * torch.empty(first.shape).uniform_(-10, 10, generator=generator).exp2()
+    return torch.cat((first, -first.index_select(dim, order)), dim)
+
+
+def _are_equal_rows(probe: _Probe, sizes: Iterable[int]) -> bool:
+    reference = probe.attend(_ROWS, KV_TILE)
+    return all(torch.equal(probe.attend(n, KV_TILE), reference[:, :, :n]) for n in sizes)
+
+
+def _is_equal_width(probe: _Probe, num_columns: int) -> bool:
+    """Whether this many columns give the bits of a whole tile whose other columns are masked."""
+    whole = -(-num_columns // KV_TILE) * KV_TILE
+    mask = torch.zeros(1, whole, dtype=probe.q.dtype)
+    mask[:, num_columns:] = float("-inf")
+    return torch.equal(probe.attend(_ROWS, whole, mask), probe.attend(_ROWS, num_columns))
 
 
 def pad_linears(linears: Iterable[Linear], dtype: torch.dtype) -> None:
-    """Set the fewest rows that each layer computes with, so that rows do not matter.
+    """Set the fewest rows that each layer computes with, so that their number does not matter.
 
     Raises:
         InvalidRequest: a layer cannot be made batch-invariant here.
@@ -87,10 +125,11 @@ def pad_linears(linears: Iterable[Linear], dtype: torch.dtype) -> None:
 def _fewest_rows(linear: Linear, dtype: torch.dtype) -> int:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((_ROWS, linear.in_features), generator=generator).to(dtype)
-    reference = linear(x)
-    equal = {n for n in _SMALL_ROWS if torch.equal(linear(x[:n]), reference[:n])}
-    for fewest in (1, 2, 4, 8, 16):
-        if all(n in equal for n in _SMALL_ROWS if n >= fewest) and linear.is_packed:
+    cancelling = -linear(x)  # added in float32, before the sum is rounded
+    reference = linear.plus(x, cancelling)
+    equal = {n for n in _FEW_ROWS if torch.equal(linear.plus(x[:n], cancelling[:n]), reference[:n])}
+    for fewest in _MULTIPLES:
+        if linear.is_packed and all(n in equal for n in _FEW_ROWS if n >= fewest):
             return fewest
     shape = f"{linear.out_features}x{linear.in_features}"
     raise InvalidRequest(

@@ -97,7 +97,7 @@ def _make_invariant(config: RunnerConfig, plan: _Plan, model: Decoder) -> Invari
     try:
         if plan.device.type != "cpu":
             raise InvalidRequest("batch invariance is only there on CPU", "batch_invariant")
-        invariance = probe_invariance(plan.model, plan.dtype)
+        invariance = probe_invariance(plan.model.head_dim, plan.dtype)
         pad_linears(model.linears(), plan.dtype)
     except InvalidRequest as error:
         if config.batch_invariant:

@@ -49,7 +49,7 @@ _FAMILIES: dict[str, Callable[..., Any]] = {
     "llama-biases": lambda **kw: transformers.LlamaConfig(attention_bias=True, mlp_bias=True, **kw),
     "mistral": lambda **kw: transformers.MistralConfig(sliding_window=None, head_dim=16, **kw),
     "mistral-window": lambda **kw: transformers.MistralConfig(
-        sliding_window=WINDOW, head_dim=16, **kw
+        **{"sliding_window": WINDOW, "head_dim": 16, **kw}
     ),
     "qwen2": transformers.Qwen2Config,
     "qwen2-some-windows": lambda **kw: transformers.Qwen2Config(
@@ -107,9 +107,9 @@ def random_prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
 
 def make_core(runner: ModelRunner, **options: Any) -> EngineCore:
     """An engine over this runner. `options`: of EngineConfig."""
-    options = {"max_num_batched_tokens": 2048, "max_num_seqs": 64, **options}
+    defaults = {"max_num_batched_tokens": 2048, "max_num_seqs": 64}
+    options = {"num_blocks": runner.kv_cache.num_blocks, **defaults, **options}
     config = EngineConfig(
-        num_blocks=runner.kv_cache.num_blocks,
         block_size=runner.kv_cache.block_size,
         max_model_len=runner.info.max_model_len,
         vocab_size=runner.info.vocab_size,
