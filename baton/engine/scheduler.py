@@ -5,8 +5,8 @@
     waiting ◄── preempted, blocks gone ───────────┘
 
 A step has `max_num_seqs` seats and `max_num_batched_tokens` tokens. Sequences that decode come
-first, one token each; then prompts (and output to be recomputed) in chunks, then whoever waits, all
-in their order. A sequence that decodes and finds no block preempts the last one in that order.
+first, one token each; then prompts, and output to be recomputed, in chunks, those that run and
+those that wait in one order. Who decodes and finds no block preempts the last in that order.
 """
 
 from bisect import bisect_left, insort
@@ -110,14 +110,22 @@ class Scheduler:
                 self._schedule_decode(seq, step)
         for seq in self.running.copy():
             if seq.status is SequenceStatus.RUNNING and not seq.is_decoding:
+                self._admit(step, seq.order)
                 self._schedule_chunk(seq, step)
+        self._admit(step, None)
+        return step
+
+    def _admit(self, step: Step, before: Order | None) -> None:
+        """Seat whoever waits, in order, as far as budget, seats and blocks go; or only those who
+        come before somebody that runs."""
         while step.budget > 0 and self.waiting and self._has_seat():
             seq = self.waiting[0]
+            if before is not None and seq.order > before:
+                return
             if not self.admission.admit(seq, self.num_decoding()):
-                break
+                return
             self._seat_admitted(seq)
             self._schedule_chunk(seq, step)
-        return step
 
     def _has_seat(self) -> bool:
         return len(self.running) < self._config.max_num_seqs
