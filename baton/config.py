@@ -164,6 +164,11 @@ class GatewaySettings(_Section):
     slo_tpot_ms: float = Field(
         200.0, gt=0, description="Decode workers prefill locally only within this time per token."
     )
+    local_prefill: Literal["auto", "fallback"] = Field(
+        "auto",
+        description="auto = also when a decode worker is predicted to be faster; fallback = only "
+        "when no prefill worker can.",
+    )
     max_pending_requests: int = Field(
         1024, gt=0, description="Open requests before new ones get 429."
     )

@@ -270,7 +270,10 @@ class Orchestrator:
 def _dispatch_config(config: GatewayConfig) -> DispatchConfig:
     return DispatchConfig(
         machine=MachineConfig(slo_ttft_ms=config.slo_ttft_ms or float("inf")),
-        router=RouterConfig(slo_tpot_ms=config.slo_tpot_ms),
+        router=RouterConfig(
+            slo_tpot_ms=config.slo_tpot_ms,
+            prefers_faster_local=config.local_prefill == "auto",
+        ),
         max_pending_requests=config.max_pending_requests,
     )
 

@@ -24,6 +24,7 @@ _MIN_EVIDENCE = 3  # prefill steps before a worker's own model is believed over 
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
     slo_tpot_ms: float = 200.0
+    prefers_faster_local: bool = True  # False: local prefill only when there is no remote route
     # A local prefill must be faster by this much: it takes decode time from others, and predictions
     # err.
     local_margin: float = 0.25
@@ -126,6 +127,8 @@ def plan(need: Need, fleet: Fleet, config: RouterConfig) -> RouteDecision | Refu
     if remote is None:
         alone = [_local(need, worker, fleet, "no prefill worker") for worker in here]
         return min(alone, key=_order, default=_FULL)
+    if not config.prefers_faster_local:
+        return remote
     better = [
         decision
         for worker in here

@@ -138,6 +138,7 @@ def test_a_slow_link_counts() -> None:
         ("p is busy, d's sequences keep their TPOT", True),
         ("the link is slow", True),
         ("the link is slow within one TPOT", False),
+        ("p is busy, but local prefill is a fallback only", False),
     ],
 )
 def test_local_prefill_on_d(what: str, is_local: bool) -> None:
@@ -156,6 +157,8 @@ def test_local_prefill_on_d(what: str, is_local: bool) -> None:
     if "TPOT" in what and "sequences" in what:
         load(fleet, "d1", num_running=4, context_tokens=1000)
         config = RouterConfig(slo_tpot_ms=50 if "miss" in what else 500)
+    if "fallback" in what:
+        config = RouterConfig(slo_tpot_ms=50, prefers_faster_local=False)
     if "link is slow" in what:
         rate = 10 if "within" not in what else 102_400 / 40
         fleet.link("p1", "d1").model.bytes_per_ms = rate
