@@ -21,8 +21,9 @@ from baton.engine.intake import Intake
 from baton.engine.legs import Legs
 from baton.engine.outcome import Outcome
 from baton.engine.report import OnKVReady, Report
-from baton.engine.scheduler import Scheduler, Step
+from baton.engine.scheduler import Scheduler
 from baton.engine.sequence import SequenceStatus
+from baton.engine.step import Step
 from baton.types import BlockId, StepTiming, WorkerSnapshot
 
 log = logging.getLogger(__name__)

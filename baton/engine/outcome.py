@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from baton.engine.batch import Sampled, ScheduledRow
 from baton.engine.legs import Legs
 from baton.engine.report import Report
-from baton.engine.scheduler import Scheduler, Step
+from baton.engine.scheduler import Scheduler
 from baton.engine.sequence import Leg, LegKind, Sequence, SequenceStatus
+from baton.engine.step import Step
 from baton.errors import Cause
 
 

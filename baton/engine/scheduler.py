@@ -10,34 +10,14 @@ those that wait in one order. Who decodes and finds no block preempts the last i
 """
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass, field
 
 from baton.engine.admission import Admission
-from baton.engine.batch import Batch, SampleRequest, ScheduledRow
 from baton.engine.block_pool import BlockPool
 from baton.engine.config import EngineConfig
 from baton.engine.report import Report
-from baton.engine.sequence import Leg, LegKind, Order, Sequence, SequenceStatus
+from baton.engine.sequence import LegKind, Order, Sequence, SequenceStatus
+from baton.engine.step import Step
 from baton.types import BlockId, LegId
-
-
-@dataclass(slots=True)
-class Step:
-    """One step while it is put together; `rows[i]` belongs to `seqs[i]`."""
-
-    budget: int  # tokens left
-    rows: list[ScheduledRow] = field(default_factory=list)
-    seqs: list[Sequence] = field(default_factory=list)
-    copies: list[tuple[BlockId, BlockId]] = field(default_factory=list)
-    kept: list[BlockId] = field(default_factory=list)  # copy sources that nobody else owns
-    seq_ids: set[int] = field(default_factory=set)
-    num_decodes: int = 0
-    context_tokens: int = 0  # of the decodes
-    num_prefill_tokens: int = 0
-    num_cached_tokens: int = 0  # context that the prefill tokens find in the pool
-
-    def batch(self) -> Batch:
-        return Batch(tuple(self.rows), tuple(self.copies))
 
 
 class Scheduler:
@@ -155,7 +135,7 @@ class Scheduler:
             self._preempt(victim, step)
             if victim is seq:
                 return
-        self._add_row(seq, start, start + 1, step)
+        step.add(seq, start, start + 1)
 
     def _schedule_chunk(self, seq: Sequence, step: Step) -> None:
         seq = self._computer_for(seq)
@@ -164,7 +144,7 @@ class Scheduler:
         start = seq.num_computed_tokens
         stop = self._claim(seq, start, min(seq.num_tokens, start + step.budget))
         if self._make_room(seq, start, stop, step):
-            self._add_row(seq, start, stop, step)
+            step.add(seq, start, stop)
         else:
             # Only output that is recomputed can lack blocks here. Taking them from a sequence that
             # is already part of this step is not possible, and waiting while holding is not safe.
@@ -193,20 +173,6 @@ class Scheduler:
             if not self._pool.cache.claim(seq.block_ids[index], seq):
                 return index * block_size
         return stop
-
-    def _add_row(self, seq: Sequence, start: int, stop: int, step: Step) -> None:
-        if seq.is_decoding:
-            step.num_decodes += 1
-            step.context_tokens += stop
-        else:
-            step.num_prefill_tokens += stop - start
-            step.num_cached_tokens += start
-        samples = _samples(seq) if stop == seq.num_tokens else ()
-        token_ids = seq.tokens(start, stop)
-        step.rows.append(ScheduledRow(seq.seq_id, token_ids, start, seq.block_ids, samples))
-        step.seqs.append(seq)
-        step.seq_ids.add(seq.seq_id)
-        step.budget -= stop - start
 
     # ── blocks ───────────────────────────────────────────────────────────────────────────────────
 
@@ -278,26 +244,6 @@ class Scheduler:
         assert all(not seq.block_ids and not seq.reserve for seq in self.waiting)
         assert all(seq.block_ids for seq in self.ready + self.running)
         assert self.num_waiting_tokens == sum(seq.num_tokens for seq in self.waiting)
-
-
-def _samples(seq: Sequence) -> tuple[SampleRequest, ...]:
-    """For the trunk of a leg: one per choice that has no token yet."""
-    leg, request = seq.leg, seq.leg.request
-    if not seq.is_trunk:
-        return (_sample(leg, seq.choice, seq.output_token_ids),)
-    prefill = leg.kind is LegKind.PREFILL
-    return tuple(
-        _sample(leg, choice, [])
-        for choice in sorted(leg.open_choices)
-        if prefill or not request.committed(choice)
-    )
-
-
-def _sample(leg: Leg, choice: int, output: list[int]) -> SampleRequest:
-    request = leg.request
-    prompt = request.prompt_token_ids
-    position = len(prompt) + len(output)
-    return SampleRequest(choice, leg.seed(choice), position, request.sampling, prompt, output)
 
 
 def _order(seq: Sequence) -> Order:
