@@ -21,8 +21,15 @@ class DataPlane:
     """Owns what moves KV. `start` before the server serves, `close` after the last fetch."""
 
     def __init__(
-        self, memory: KVMemory, transports: Sequence[Transport], calls: FetchCalls
+        self,
+        memory: KVMemory,
+        transports: Sequence[Transport],
+        calls: FetchCalls | None = None,
     ) -> None:
+        """
+        Args:
+            calls: what the transports between processes share.
+        """
         self.memory = memory
         self.transports = transports
         self.exports = ExportDesk()
@@ -35,7 +42,8 @@ class DataPlane:
     async def close(self) -> None:
         for transport in self.transports:
             await transport.close()
-        await self._calls.close()
+        if self._calls is not None:
+            await self._calls.close()
         self.memory.close()
 
 

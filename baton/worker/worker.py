@@ -75,7 +75,7 @@ class Worker:
     async def _idle_within(self, timeout_s: float) -> bool:
         try:
             async with asyncio.timeout(timeout_s):
-                while not self.is_idle:
+                while not self.is_idle:  # noqa: ASYNC110 - a state of several parts
                     await asyncio.sleep(IDLE_LOOK_S)
         except TimeoutError:
             return False
