@@ -107,7 +107,8 @@ class Release:
 @dataclass(frozen=True, slots=True)
 class Abort:
     """Stop a leg in any state, or one of its choices. No event answers it. Unknown legs are
-    ignored."""
+    ignored. The last choice takes its leg with it, except an AddPrefill leg, which is held until it
+    is ended as a whole."""
 
     leg: LegId
     choice: int | None = None

@@ -175,7 +175,9 @@ class Intake:
         leg = self._legs.get(command.leg)
         if leg is None or command.choice not in leg.open_choices:
             return
-        if leg.open_choices == {command.choice}:
+        if leg.kind is LegKind.PREFILL:
+            leg.open_choices.discard(command.choice)  # held all the same: somebody may be reading
+        elif leg.open_choices == {command.choice}:
             self._close(command.leg, command.in_flight)
         elif command.choice in leg.branches:
             self._legs.finish(leg.branches[command.choice], SequenceStatus.FINISHED_ABORTED)
