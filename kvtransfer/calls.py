@@ -3,9 +3,6 @@
 Every fetch between processes is such a call. It carries opening, credit, failure and cancellation,
 and on the gRPC transport the frames too; on others they travel beside it, in a *lane* whose
 receiving end the consumer names when it opens the fetch.
-
-A frame crosses as `FetchReply.frame` without being copied into or out of a protobuf message: its
-bytes are the message's, behind a tag and a length.
 """
 
 import asyncio
@@ -19,15 +16,19 @@ import grpc
 from baton import wire
 from baton.errors import BatonError, Cause
 from baton.kvtransfer.base import Buffers, FetchOpen, FrameSource
+from baton.kvtransfer.fetch_wire import (
+    decode_reply,
+    encode_reply,
+    fetch_open_from_pb,
+    fetch_open_to_pb,
+)
 from baton.kvtransfer.pump import Credits, FetchScope, serve, settle, uninterrupted
 from baton.rpc import ClusterToken, Connection, connect, to_baton_error
 from baton.v1 import kv_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
-MAX_LANE_BYTES = 64 << 10
 _SERVICE, _METHOD = "baton.v1.KV", "Fetch"
-_FRAME_TAG = 0x1A  # field 3, length-delimited
 _LINGER_S = 5.0  # for the last word of a fetch that is over
 
 
@@ -301,70 +302,3 @@ class FetchCall:
         if self._num_allowed < 0:
             raise BatonError(Cause.PROTOCOL, "more frames than there was credit for")
         return cast("pb.FetchReply | memoryview", reply)
-
-
-# ── messages ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def encode_reply(reply: pb.FetchReply | Buffers) -> bytes:
-    """A FetchReply's bytes; of a frame, given as its parts, with one copy."""
-    if isinstance(reply, pb.FetchReply):
-        return reply.SerializeToString()
-    length, prefix = sum(len(part) for part in reply), bytearray((_FRAME_TAG,))
-    while length > 0x7F:
-        prefix.append(length & 0x7F | 0x80)
-        length >>= 7
-    prefix.append(length)
-    return b"".join((prefix, *reply))
-
-
-def decode_reply(data: bytes) -> pb.FetchReply | memoryview:
-    """The message, or a view of the frame in it."""
-    if data[:1] == bytes((_FRAME_TAG,)):
-        length, at = 0, 1
-        while at < min(len(data), 6):
-            length |= (data[at] & 0x7F) << (7 * (at - 1))
-            at += 1
-            if data[at - 1] <= 0x7F:
-                break
-        if at + length == len(data):
-            return memoryview(data)[at:]
-    reply = pb.FetchReply.FromString(data)
-    return memoryview(reply.frame) if reply.WhichOneof("message") == "frame" else reply
-
-
-def fetch_open_to_pb(fetch: FetchOpen, transport: str, lane: bytes) -> pb.FetchOpen:
-    return pb.FetchOpen(
-        ticket=wire.ticket_to_pb(fetch.ticket),
-        range=wire.range_to_pb(fetch.range),
-        layout=wire.layout_to_pb(fetch.layout),
-        fingerprint=fetch.fingerprint,
-        tokens_digest=fetch.tokens_digest,
-        salt_digest=fetch.salt_digest,
-        transport=transport,
-        consumer=fetch.consumer,
-        initial_credit=fetch.initial_credit,
-        lane=lane,
-    )
-
-
-def fetch_open_from_pb(message: pb.FetchOpen) -> tuple[FetchOpen, str, bytes]:
-    """(fetch, transport, lane).
-
-    Raises:
-        BatonError: PROTOCOL; UNSUPPORTED for a fetch by hash.
-    """
-    if message.WhichOneof("source") != "ticket":
-        raise BatonError(Cause.UNSUPPORTED, "only fetches with a ticket are served")
-    wire.check_len(message.lane, MAX_LANE_BYTES, "lane")
-    fetch = FetchOpen(
-        ticket=wire.ticket_from_pb(message.ticket),
-        range=wire.range_from_pb(message.range),
-        layout=wire.layout_from_pb(message.layout),
-        fingerprint=wire.exactly(message.fingerprint, wire.DIGEST_BYTES, "fingerprint"),
-        tokens_digest=wire.exactly(message.tokens_digest, wire.DIGEST_BYTES, "tokens digest"),
-        salt_digest=wire.exactly(message.salt_digest, wire.DIGEST_BYTES, "salt digest"),
-        consumer=wire.text(message.consumer, wire.MAX_ID_LEN, "consumer"),
-        initial_credit=message.initial_credit,
-    )
-    return fetch, wire.text(message.transport, wire.MAX_ID_LEN, "transport"), message.lane

@@ -23,7 +23,8 @@ from baton.kvtransfer.base import Buffers, FetchOpen, FrameSink, FrameSource
 from baton.kvtransfer.calls import FetchCall, FetchCalls
 from baton.kvtransfer.frames import MAX_FRAME_BYTES
 from baton.kvtransfer.pump import FetchScope, answer_in_time, settle, take_frames
-from baton.kvtransfer.ucx_worker import Endpoint, Inbox, UcxWorker, settings_for
+from baton.kvtransfer.ucx_messages import Inbox
+from baton.kvtransfer.ucx_worker import Endpoint, UcxWorker, settings_for
 from baton.rpc import is_loopback
 from baton.types import TransferStats, TransportAddress
 

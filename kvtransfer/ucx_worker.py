@@ -22,17 +22,13 @@ import asyncio
 import logging
 import os
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import numpy as np
 
-from baton.errors import BatonError, Cause
-
-os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")  # ucxx sets one that CPU builds lack
-
-import ucxx._lib.libucxx as ucx
-from ucxx._lib.arr import Array
+from baton.errors import BatonError
+from baton.kvtransfer.ucx_api import Array, ucx
+from baton.kvtransfer.ucx_messages import Inbox, Request, transport_failed
 
 logger = logging.getLogger(__name__)
 
@@ -64,80 +60,6 @@ def handles_errors() -> bool:
     return not _SHARED_MEMORY.issuperset(allowed)
 
 
-class _Request:
-    """A message on its way, and its bytes, which UCX uses until `is_completed`."""
-
-    def __init__(self, handle: Any, buffer: memoryview, on_completed: Callable[[], None]) -> None:
-        self._handle = handle
-        self.buffer = buffer
-        self.on_completed = on_completed
-
-    @property
-    def is_completed(self) -> bool:
-        return bool(self._handle.completed)
-
-    def error(self) -> BatonError | None:
-        """Of a completed request."""
-        try:
-            self._handle.check_error()
-        except ucx.UCXError as error:
-            return _failed(error)
-        return None
-
-
-class Inbox:
-    """The messages of one tag, in the order in which they were sent."""
-
-    def __init__(self, tag: int, max_bytes: int, num_allowed: int) -> None:
-        """
-        Args:
-            tag: 64 random bits.
-            max_bytes: of one message; a larger one is an error and never stored.
-            num_allowed: messages that may come before `allow` is called.
-        """
-        self.tag = ucx.UCXXTag(tag)
-        self.max_bytes = max_bytes
-        self._num_allowed = num_allowed
-        self._is_closed = False
-        self._arriving: deque[_Request] = deque()
-        self._items: asyncio.Queue[memoryview | BatonError] = asyncio.Queue()
-
-    def allow(self, num_messages: int) -> None:
-        self._num_allowed += num_messages
-
-    def fail(self, error: BatonError) -> None:
-        """Raised to whoever reads, after what has arrived."""
-        self._items.put_nowait(error)
-
-    def expect(self, request: _Request, num_bytes: int) -> None:
-        """A message of `num_bytes` has begun to arrive."""
-        self._num_allowed -= 1
-        if self._num_allowed < 0:
-            self.fail(BatonError(Cause.PROTOCOL, "more frames than there was credit for"))
-        if num_bytes > self.max_bytes:
-            self.fail(BatonError(Cause.PROTOCOL, f"a frame of {num_bytes} bytes"))
-        self._arriving.append(request)
-
-    def deliver(self) -> None:
-        """Hand over what has arrived."""
-        while self._arriving and self._arriving[0].is_completed:
-            request = self._arriving.popleft()
-            if not self._is_closed:
-                self._items.put_nowait(request.error() or request.buffer)
-
-    async def messages(self) -> AsyncGenerator[memoryview, None]:
-        while True:
-            item = await self._items.get()
-            if isinstance(item, BatonError):
-                raise item
-            yield item
-
-    def close(self) -> None:
-        """Nobody reads any more: what is here and what comes is dropped."""
-        self._is_closed = True
-        self._items = asyncio.Queue()
-
-
 class Endpoint:
     """A way to one peer's worker. Messages are sent in order; used by one sender at a time."""
 
@@ -145,7 +67,7 @@ class Endpoint:
         self._worker = worker
         self._handle = handle
         self._handles_errors = handles_errors
-        self._sending: deque[_Request] = deque()
+        self._sending: deque[Request] = deque()
         self._sent = asyncio.Event()
         self._sent.set()
         self._error: BatonError | None = None
@@ -165,9 +87,9 @@ class Endpoint:
         try:
             handle = self._handle.tag_send(Array(message), ucx.UCXXTag(tag))
         except ucx.UCXError as error:
-            raise _failed(error) from error
+            raise transport_failed(error) from error
         self._sent.clear()
-        self._sending.append(self._worker.keep(_Request(handle, message, self._reap)))
+        self._sending.append(self._worker.keep(Request(handle, message, self._reap)))
 
     def _reap(self) -> None:
         while self._sending and self._sending[0].is_completed:
@@ -209,7 +131,7 @@ class UcxWorker:
         self.address: bytes = self._worker.address.tobytes()
         self._inboxes: dict[int, Inbox] = {}
         self._discarded: dict[int, asyncio.TimerHandle] = {}
-        self._requests: set[_Request] = set()
+        self._requests: set[Request] = set()
         self._turn: asyncio.Handle | None = None
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._worker.epoll_file_descriptor, self._progress)
@@ -227,7 +149,7 @@ class UcxWorker:
                 self._worker, target, self._handles_errors
             )
         except (ucx.UCXError, ValueError) as error:
-            raise _failed(error) from error
+            raise transport_failed(error) from error
         return Endpoint(self, handle, self._handles_errors)
 
     def open_inbox(self, tag: int, max_bytes: int, num_allowed: int) -> Inbox:
@@ -251,7 +173,7 @@ class UcxWorker:
     def _forget(self, tag: int) -> None:
         del self._discarded[tag], self._inboxes[tag]
 
-    def keep(self, request: _Request) -> _Request:
+    def keep(self, request: Request) -> Request:
         """Hold a request until it has completed."""
         self._requests.add(request)
         self.wake()
@@ -282,7 +204,7 @@ class UcxWorker:
                 num_bytes = found.length if found.length <= inbox.max_bytes else 0
                 buffer = np.empty(num_bytes, np.uint8)
                 handle = self._worker.tag_recv_with_handle(Array(buffer), found)
-                request = _Request(handle, buffer.data, inbox.deliver)
+                request = Request(handle, buffer.data, inbox.deliver)
                 inbox.expect(self.keep(request), found.length)
                 received = True
         return received
@@ -314,7 +236,3 @@ class UcxWorker:
         self._worker.progress()
         self._requests.clear()
         self._worker = self._context = None
-
-
-def _failed(error: Exception) -> BatonError:
-    return BatonError(Cause.TRANSPORT_FAILED, f"UCX: {error}")

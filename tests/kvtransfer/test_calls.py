@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from baton.errors import BatonError, Cause
 from baton.kvtransfer.base import Buffers
-from baton.kvtransfer.calls import (
+from baton.kvtransfer.fetch_wire import (
     decode_reply,
     encode_reply,
     fetch_open_from_pb,

@@ -11,7 +11,7 @@ import pytest
 import xxhash
 
 from baton.hashing import join_salt, prefix_hashes, root_hash, tokens_digest
-from baton.kvtransfer.frames import FrameKind, FrameWriter, decode
+from baton.kvtransfer.frames import HEADER_BYTES, FrameKind, FrameWriter, decode
 from baton.kvtransfer.ticket import TicketKeyring, salt_digest, ticket_bytes
 from baton.types import KVGroup, KVKind, KVLayout, KVRange, KVTicket, SamplingParams
 
@@ -99,7 +99,8 @@ def test_a_writer_makes_these_frames(vectors: dict[str, Any]) -> None:
     epoch = int(vectors["frame"]["epoch"], 16)
     writer = FrameWriter(epoch)
     for _ in range(2):
-        made = writer.data(KVRange(0, 2, 16, 17), memoryview(bytes(range(8))))
+        frame = bytearray(HEADER_BYTES) + bytes(range(8))
+        made = writer.data(KVRange(0, 2, 16, 17), memoryview(frame))
     assert b"".join(made).hex() == vectors["frame"]["data"]
     made = writer.end(KVRange(0, 2, 16, 40), b"end")
     assert b"".join(made).hex() == vectors["frame"]["end"]

@@ -1,0 +1,317 @@
+"""How fast KV moves between two processes, beside what the machine can do.
+
+    python -m bench.kv_transfer [--sizes 1b,1m,16m,64m,256m] [--transports ucx,grpc] [--repeats 5]
+
+Two rows per transport and size:
+
+    transport     frames that are packed and checksummed already, taken and dropped
+    pool to pool  pack, checksum, move, verify, unpack
+
+and, measured in the same run, in turn with them: a bare one-stream loopback TCP copy (1 MiB sends),
+a memcpy, and an empty streaming call. Rates are medians over the repeats; ratios are medians of the
+ratios within a repeat, so that a machine that slows down meanwhile does not falsify them. CPU
+seconds are of both processes. The KV is that of a 0.5B-parameter model: 24 layers, 2 KV heads of
+64, bfloat16, blocks of 16 tokens; 1b is one block (192 KiB).
+"""
+
+import argparse
+import asyncio
+import multiprocessing
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from statistics import median
+
+import numpy as np
+import torch
+
+from baton.errors import BatonError
+from baton.kvtransfer.base import Attachment, Buffers, FetchOpen, Transport
+from baton.kvtransfer.calls import FetchCalls
+from baton.kvtransfer.exporter import FRAME_BYTES, Exporter, ExportFeed
+from baton.kvtransfer.importer import Importer
+from baton.kvtransfer.memory import KVMemory, keep_freed_memory
+from baton.kvtransfer.negotiate import make_transports
+from baton.rpc import ClusterToken, RpcServer
+from baton.types import BlockId, KVGroup, KVKind, KVLayout, KVRange, KVTicket, TransportAddress
+
+MIB = 1 << 20
+BLOCK = 16
+LAYOUT = KVLayout((KVGroup(KVKind.FULL, 24, 2, 64, "bfloat16"),), BLOCK)
+TRANSPORT, POOL, EMPTY = "transport", "pool to pool", "empty call"
+
+
+def kv_memory(num_tokens: int, seed: int) -> tuple[KVMemory, list[BlockId]]:
+    """A pool of twice as many blocks as needed, and shuffled blocks of it for so many tokens."""
+    num_blocks = -(-num_tokens // BLOCK)
+    (group,) = LAYOUT.groups
+    shape = (group.num_layers, 2, 2 * num_blocks, BLOCK, group.num_kv_heads, group.head_dim)
+    cache = torch.full(shape, seed, dtype=torch.bfloat16)
+    order = torch.randperm(2 * num_blocks, generator=torch.Generator().manual_seed(seed))
+    return KVMemory(cache, LAYOUT), [BlockId(int(b)) for b in order[:num_blocks]]
+
+
+def fetch_of(num_tokens: int, row: str) -> FetchOpen:
+    digest, nothing = bytes(32), bytes(16)
+    ticket = KVTicket(
+        nothing, "-:1", nothing, digest, LAYOUT, num_tokens, digest, digest, 1, 1, digest
+    )
+    where = KVRange(0, LAYOUT.num_layers, 0, num_tokens)
+    return FetchOpen(ticket, where, LAYOUT, digest, digest, digest, consumer=row)
+
+
+@asynccontextmanager
+async def transports(names: list[str]) -> AsyncIterator[dict[str, Transport]]:
+    """One worker's transports, by name."""
+    server = RpcServer(ClusterToken())
+    calls = FetchCalls(server.grpc, ClusterToken())
+    address = f"127.0.0.1:{server.bind('127.0.0.1', 0)}"
+    await server.start()
+    made = make_transports(names, calls, address)
+    yield {transport.name: transport for transport in made}
+    for transport in made:
+        await transport.close()
+    await calls.close()
+    await server.stop(0)
+
+
+# ── the producer's process ───────────────────────────────────────────────────────────────────────
+
+
+class Source:
+    """Serves the row that the consumer names; everything is ready."""
+
+    def __init__(self, exporter: Exporter) -> None:
+        self._exporter = exporter
+
+    async def attach(self, fetch: FetchOpen) -> Attachment:
+        if fetch.consumer == POOL:
+            return await self._exporter.attach(fetch)
+        num_bytes = fetch.range.num_tokens * LAYOUT.token_bytes if fetch.consumer != EMPTY else 1
+        return Packed(num_bytes)
+
+
+class Packed:
+    """An attachment whose frames cost nothing to make."""
+
+    epoch = 1
+    num_ready_tokens = 0
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes = num_bytes
+
+    async def frames(self) -> AsyncGenerator[Buffers, None]:
+        frame = np.zeros(FRAME_BYTES, np.uint8).data
+        for start in range(0, self._num_bytes, FRAME_BYTES):
+            yield (frame[: self._num_bytes - start],)
+
+    async def failed(self) -> BatonError:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    def done(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class OpenGate:
+    """Lets everybody read everything; an `ExportGate`."""
+
+    def __init__(self, block_ids: list[BlockId]) -> None:
+        self._block_ids = block_ids
+
+    async def attach(self, fetch: FetchOpen) -> ExportFeed:
+        return ExportFeed(1, self._block_ids, fetch.range.token_stop, b"")
+
+    def progress(self, epoch: int, num_sent_tokens: int) -> None: ...
+
+    def done(self, epoch: int) -> None: ...
+
+    def closed(self, epoch: int) -> None: ...
+
+
+def produce(control: Connection, names: list[str], max_tokens: int) -> None:
+    keep_freed_memory()
+    asyncio.run(_produce(control, names, max_tokens))
+
+
+async def _produce(control: Connection, names: list[str], max_tokens: int) -> None:
+    memory, block_ids = kv_memory(max_tokens, seed=1)
+    source = Source(Exporter(memory, OpenGate(block_ids)))
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=serve_tcp, args=(listener,), daemon=True).start()
+    async with transports(names) as mine:
+        addresses = {name: await transport.start(source) for name, transport in mine.items()}
+        control.send((addresses, listener.getsockname()))
+        while await asyncio.to_thread(control.recv) == "cpu":
+            control.send(time.process_time())
+    memory.close()
+
+
+def serve_tcp(listener: socket.socket) -> None:
+    """The baseline: 8 bytes with a size come in, that many bytes go out."""
+    data = np.zeros(MIB, np.uint8).data
+    with listener.accept()[0] as connection:
+        while request := connection.recv(8):
+            for start in range(0, size := int.from_bytes(request, "little"), MIB):
+                connection.sendall(data[: size - start])
+
+
+# ── the consumer's process ───────────────────────────────────────────────────────────────────────
+
+
+class Counter:
+    """A sink that drops what it gets."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_left = num_bytes
+
+    def opened(self, epoch: int, num_ready_tokens: int) -> None: ...
+
+    async def frame(self, data: bytes | memoryview) -> bool:
+        self._num_left -= len(data)
+        return self._num_left <= 0
+
+    def patience_s(self) -> float | None:
+        return None
+
+
+@dataclass
+class Samples:
+    """Of one row: one entry per repeat."""
+
+    seconds: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+    num_frames: int = 0
+
+
+class Bench:
+    def __init__(
+        self,
+        control: Connection,
+        tcp: socket.socket,
+        mine: dict[str, Transport],
+        theirs: dict[str, TransportAddress],
+        max_tokens: int,
+    ) -> None:
+        self._control = control
+        self._tcp = tcp
+        self._mine = mine
+        self._theirs = theirs
+        self._memory, self._block_ids = kv_memory(max_tokens, seed=2)
+        self._target = bytearray(max_tokens * LAYOUT.token_bytes)
+        self._source = bytearray(b"\1") * len(self._target)
+
+    def close(self) -> None:
+        self._memory.close()
+
+    def memcpy(self, num_bytes: int) -> float:
+        source, target = memoryview(self._source), memoryview(self._target)
+        started_s = time.perf_counter()
+        target[:num_bytes] = source[:num_bytes]
+        return time.perf_counter() - started_s
+
+    def copy_tcp(self, num_bytes: int, samples: Samples) -> None:
+        target, got = memoryview(self._target), 0
+        cpu_s, started_s = self._cpu_s(), time.perf_counter()
+        self._tcp.sendall(num_bytes.to_bytes(8, "little"))
+        while got < num_bytes:
+            got += self._tcp.recv_into(target[got : min(num_bytes, got + MIB)])
+        samples.seconds.append(time.perf_counter() - started_s)
+        samples.cpu_s.append(self._cpu_s() - cpu_s)
+
+    async def fetch(self, name: str, row: str, num_tokens: int, samples: Samples) -> None:
+        fetch = fetch_of(num_tokens, row)
+        sink: Importer | Counter = (
+            Importer(self._memory, self._block_ids, fetch.range)
+            if row == POOL
+            else Counter(num_tokens * LAYOUT.token_bytes if row == TRANSPORT else 1)
+        )
+        cpu_s, started_s = self._cpu_s(), time.perf_counter()
+        stats = await self._mine[name].fetch(self._theirs[name], fetch, sink)
+        samples.seconds.append(time.perf_counter() - started_s)
+        samples.cpu_s.append(self._cpu_s() - cpu_s)
+        samples.num_frames = stats.num_frames
+
+    def _cpu_s(self) -> float:
+        """Used so far, by both processes."""
+        self._control.send("cpu")
+        return float(self._control.recv()) + time.process_time()
+
+    async def run(self, num_tokens: int, repeats: int) -> None:
+        num_bytes = num_tokens * LAYOUT.token_bytes
+        memcpy, tcp = Samples(), Samples()
+        rows = {(name, row): Samples() for name in self._mine for row in (EMPTY, TRANSPORT, POOL)}
+        for repeat in range(-1, repeats):  # the first one warms up
+            memcpy.seconds.append(self.memcpy(num_bytes))
+            self.copy_tcp(num_bytes, tcp)
+            for (name, row), samples in rows.items():
+                await self.fetch(name, row, num_tokens, samples)
+            if repeat < 0:
+                for samples in (memcpy, tcp, *rows.values()):
+                    samples.seconds.clear()
+                    samples.cpu_s.clear()
+        report(num_bytes, memcpy, tcp, rows)
+
+
+def report(
+    num_bytes: int, memcpy: Samples, tcp: Samples, rows: dict[tuple[str, str], Samples]
+) -> None:
+    def rate(samples: Samples) -> float:
+        return num_bytes / median(samples.seconds) / 1e6
+
+    def ratio(base: Samples, samples: Samples) -> float:
+        return median(b / s for b, s in zip(base.seconds, samples.seconds, strict=True))
+
+    def cpu_s(samples: Samples) -> float:
+        return median(samples.cpu_s) / (num_bytes / (1 << 30))
+
+    print(f"\n{num_bytes / MIB:.3g} MiB: memcpy {rate(memcpy):.0f} MB/s", end="")
+    print(f", TCP {rate(tcp):.0f} MB/s with {cpu_s(tcp):.2f} CPU s/GiB")
+    heads = ("ms", 9), ("MB/s", 8), ("of TCP", 8), ("of memcpy", 11), ("frames/s", 10)
+    print(" " * 23 + "".join(f"{head:>{width}}" for head, width in (*heads, ("CPU s/GiB", 11))))
+    for (name, row), samples in rows.items():
+        line = f"  {name:6}{row:15}{median(samples.seconds) * 1e3:9.2f}"
+        if row != EMPTY:
+            frames_s = samples.num_frames / median(samples.seconds)
+            line += f"{rate(samples):8.0f}{ratio(tcp, samples):8.2f}{ratio(memcpy, samples):11.2f}"
+            line += f"{frames_s:10.0f}{cpu_s(samples):11.2f}"
+        print(line)
+
+
+def tokens_of(size: str) -> int:
+    """'1b' (blocks) or '16m' (MiB) → tokens."""
+    number, unit = float(size[:-1]), size[-1]
+    return int(number * BLOCK if unit == "b" else number * MIB // LAYOUT.token_bytes)
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--sizes", default="1b,1m,16m,64m,256m")
+    parser.add_argument("--transports", default="ucx,grpc")
+    parser.add_argument("--repeats", type=int, default=7)
+    arguments = parser.parse_args()
+    sizes = [tokens_of(size) for size in arguments.sizes.split(",")]
+    names = arguments.transports.split(",")
+    spawn = multiprocessing.get_context("spawn")
+    control, theirs = spawn.Pipe()
+    child = spawn.Process(target=produce, args=(theirs, names, max(sizes)), daemon=True)
+    child.start()
+    addresses, tcp_address = control.recv()
+    with socket.create_connection(tcp_address) as tcp:
+        async with transports(names) as mine:
+            bench = Bench(control, tcp, mine, addresses, max(sizes))
+            for num_tokens in sizes:
+                await bench.run(num_tokens, arguments.repeats)
+            bench.close()
+    control.send("stop")
+    child.join()
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    asyncio.run(main())

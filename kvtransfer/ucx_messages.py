@@ -1,0 +1,87 @@
+"""Messages over UCX on their way: requests, and what has arrived for one tag."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+from baton.errors import BatonError, Cause
+from baton.kvtransfer.ucx_api import ucx
+
+
+class Request:
+    """A message on its way, and its bytes, which UCX uses until `is_completed`."""
+
+    def __init__(self, handle: Any, buffer: memoryview, on_completed: Callable[[], None]) -> None:
+        self._handle = handle
+        self.buffer = buffer
+        self.on_completed = on_completed
+
+    @property
+    def is_completed(self) -> bool:
+        return bool(self._handle.completed)
+
+    def error(self) -> BatonError | None:
+        """Of a completed request."""
+        try:
+            self._handle.check_error()
+        except ucx.UCXError as error:
+            return transport_failed(error)
+        return None
+
+
+class Inbox:
+    """The messages of one tag, in the order in which they were sent."""
+
+    def __init__(self, tag: int, max_bytes: int, num_allowed: int) -> None:
+        """
+        Args:
+            tag: 64 random bits.
+            max_bytes: of one message; a larger one is an error and never stored.
+            num_allowed: messages that may come before `allow` is called.
+        """
+        self.tag = ucx.UCXXTag(tag)
+        self.max_bytes = max_bytes
+        self._num_allowed = num_allowed
+        self._is_closed = False
+        self._arriving: deque[Request] = deque()
+        self._items: asyncio.Queue[memoryview | BatonError] = asyncio.Queue()
+
+    def allow(self, num_messages: int) -> None:
+        self._num_allowed += num_messages
+
+    def fail(self, error: BatonError) -> None:
+        """Raised to whoever reads, after what has arrived."""
+        self._items.put_nowait(error)
+
+    def expect(self, request: Request, num_bytes: int) -> None:
+        """A message of `num_bytes` has begun to arrive."""
+        self._num_allowed -= 1
+        if self._num_allowed < 0:
+            self.fail(BatonError(Cause.PROTOCOL, "more frames than there was credit for"))
+        if num_bytes > self.max_bytes:
+            self.fail(BatonError(Cause.PROTOCOL, f"a frame of {num_bytes} bytes"))
+        self._arriving.append(request)
+
+    def deliver(self) -> None:
+        """Hand over what has arrived."""
+        while self._arriving and self._arriving[0].is_completed:
+            request = self._arriving.popleft()
+            if not self._is_closed:
+                self._items.put_nowait(request.error() or request.buffer)
+
+    async def messages(self) -> AsyncGenerator[memoryview, None]:
+        while True:
+            item = await self._items.get()
+            if isinstance(item, BatonError):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        """Nobody reads any more: what is here and what comes is dropped."""
+        self._is_closed = True
+        self._items = asyncio.Queue()
+
+
+def transport_failed(error: Exception) -> BatonError:
+    return BatonError(Cause.TRANSPORT_FAILED, f"UCX: {error}")
