@@ -16,6 +16,8 @@ def check_request(config: EngineConfig, kind: LegKind, request: Request) -> None
     prompt, sampling = request.prompt_token_ids, request.sampling
     if not prompt:
         raise InvalidRequest("the prompt has no tokens", "prompt")
+    if not any(True for _ in request.open_choices()):
+        raise InvalidRequest("every choice is finished", "n")
     outputs = request.output_token_ids
     if outputs and len(outputs) != sampling.n:
         raise InvalidRequest("committed output must cover every choice", "n")

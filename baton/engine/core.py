@@ -49,7 +49,7 @@ class EngineCore:
         self.pool = BlockPool(config.num_blocks, config.block_size, config.enable_prefix_caching)
         self._runner = runner
         self._clock = clock
-        self._report = Report(config.num_layers, on_kv_ready)
+        self._report = Report(config, on_kv_ready)
         self._scheduler = Scheduler(config, self.pool, self._report)
         self._legs = Legs(config, self.pool, self._scheduler, self._report, clock)
         self._intake = Intake(config, self.pool, self._scheduler, self._legs, self._report)

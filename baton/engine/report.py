@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from baton.engine.config import EngineConfig
 from baton.engine.events import (
     KVReserved,
     LeaseEvicted,
@@ -24,8 +25,8 @@ OnKVReady = Callable[[LegId, KVRange], None]
 class Report:
     """The events since the previous StepOutput."""
 
-    def __init__(self, num_layers: int, on_kv_ready: OnKVReady | None) -> None:
-        self._num_layers = num_layers
+    def __init__(self, config: EngineConfig, on_kv_ready: OnKVReady | None) -> None:
+        self._config = config
         self._on_kv_ready = on_kv_ready
         self._events: list[LegEvent] = []
 
@@ -43,8 +44,9 @@ class Report:
         if not leg.is_admitted:
             leg.is_admitted = True
             leg.is_exposed = leg.kind is LegKind.PREFILL
-            num_prompt, num_cached = seq.num_prompt_tokens, seq.num_computed_tokens
-            blocks = tuple(seq.block_ids)
+            num_prompt = seq.num_prompt_tokens
+            num_cached = min(seq.num_computed_tokens, num_prompt)
+            blocks = tuple(seq.block_ids[: self._config.num_blocks_for(num_prompt)])
             self._events.append(LegAdmitted(leg.leg_id, blocks, num_prompt, num_cached))
 
     def reserved(self, leg: Leg, block_ids: list[BlockId], num_cached_tokens: int) -> None:
@@ -76,7 +78,7 @@ class Report:
             return
         self._events.append(PrefillProgress(leg.leg_id, stop))
         if leg.kind is LegKind.PREFILL and self._on_kv_ready is not None:
-            self._on_kv_ready(leg.leg_id, KVRange(0, self._num_layers, start, stop))
+            self._on_kv_ready(leg.leg_id, KVRange(0, self._config.num_layers, start, stop))
 
     def token(
         self,

@@ -39,7 +39,6 @@ class SequenceStatus(IntEnum):
 FINISHED: dict[FinishReason, SequenceStatus] = {
     FinishReason.STOP: SequenceStatus.FINISHED_STOPPED,
     FinishReason.LENGTH: SequenceStatus.FINISHED_LENGTH,
-    FinishReason.ABORT: SequenceStatus.FINISHED_ABORTED,
 }
 
 

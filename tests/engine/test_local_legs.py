@@ -68,6 +68,20 @@ def test_it_resumes_after_committed_output(num_committed: tuple[int, ...]) -> No
     driver.assert_idle()
 
 
+def test_cached_tokens_are_prompt_tokens() -> None:
+    driver = Driver()
+    r = request("a", prompt(20), max_tokens=40)
+    driver.local(r)
+    driver.run()
+    resumed = replace(r, request_id="b", output_token_ids=(driver.expected(r)[:39],))
+    leg = driver.local(resumed)
+    driver.run()
+    driver.assert_complete(leg, resumed)
+    event = driver.last(LegAdmitted, leg)
+    assert (event.num_cached_tokens, len(event.block_ids)) == (20, 2)
+    assert driver.runner.num_tokens_computed == 20 + 39 + (59 - 48)
+
+
 def test_finished_choices_stay_finished() -> None:
     driver = Driver()
     r = replace(request("l", prompt(50), n=3), finished_choices=frozenset({0, 2}))

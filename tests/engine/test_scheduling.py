@@ -230,6 +230,15 @@ def test_ids_outside_the_vocabulary_are_refused() -> None:
     assert driver.runner.steps == []
 
 
+@pytest.mark.parametrize("kind", ["local", "prefill", "decode"])
+def test_a_request_without_an_open_choice_is_refused(kind: str) -> None:
+    driver = Driver()
+    r = replace(request("a", prompt(20), n=2), finished_choices=frozenset({0, 1}))
+    leg = getattr(driver, kind)(r)
+    driver.run()
+    assert [event.cause for event in driver.of(LegFailed, leg)] == [Cause.INVALID_REQUEST]
+
+
 def test_the_line_is_bounded() -> None:
     driver = Driver(max_num_waiting=2)
     for index in range(3):
