@@ -168,6 +168,24 @@ class Driver:
             self._expected[key] = self.model.generate(*key, self.config.max_model_len)
         return self._expected[key]
 
+    def reserved(self, request: Request) -> LegId:
+        leg = self.decode(request)
+        self.step()
+        return leg
+
+    def joined(self, request: Request) -> LegId:
+        """A decode leg whose KV has come."""
+        leg = self.reserved(request)
+        self.write_kv(leg, request)
+        self.apply(self.imported(leg, request))
+        return leg
+
+    def know(self, num_tokens: int, seed: int = 0) -> None:
+        """Put a prompt into the prefix cache."""
+        self.local(request(f"known{num_tokens}", prompt(num_tokens, seed), max_tokens=1))
+        self.run()
+        self.runner.num_tokens_computed = 0
+
     # ── steps ────────────────────────────────────────────────────────────────────────────────────
 
     def step(self) -> tuple[LegEvent, ...]:
