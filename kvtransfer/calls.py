@@ -7,7 +7,7 @@ receiving end the consumer names when it opens the fetch.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -54,6 +54,13 @@ class _Offer:
     open_lane: OpenLane | None
 
 
+@dataclass(slots=True)
+class _Peer:
+    connection: Connection
+    num_calls: int = 0
+    is_broken: bool = False
+
+
 class FetchCalls:
     """Serves `KV.Fetch` on a worker's gRPC server and makes such calls to others. One per worker,
     shared by its transports."""
@@ -61,8 +68,8 @@ class FetchCalls:
     def __init__(self, server: grpc.aio.Server, token: ClusterToken) -> None:
         self._token = token
         self._offers: dict[str, _Offer] = {}
-        self._connections: dict[str, Connection] = {}
-        self._lingering: set[asyncio.Task[None]] = set()
+        self._peers: dict[str, _Peer] = {}
+        self._background: set[asyncio.Task[None]] = set()
         handler = grpc.stream_stream_rpc_method_handler(
             self._serve, pb.FetchRequest.FromString, encode_reply
         )
@@ -84,29 +91,42 @@ class FetchCalls:
         self, address: str, transport: str, fetch: FetchOpen, lane: bytes = b""
     ) -> "FetchCall":
         """Open a fetch at host:port. `lane`: the receiving end, for frames beside the call."""
-        connection = self._connections.get(address)
-        if connection is None:
-            connection = self._connections[address] = connect(address, self._token)
-        method = connection.channel.stream_stream(
+        peer = self._peers.get(address)
+        if peer is None:
+            peer = self._peers[address] = _Peer(connect(address, self._token))
+        method = peer.connection.channel.stream_stream(
             f"/{_SERVICE}/{_METHOD}", pb.FetchRequest.SerializeToString, decode_reply
         )
-        return FetchCall(
-            method(metadata=connection.metadata), fetch_open_to_pb(fetch, transport, lane)
-        )
+        metadata = peer.connection.metadata
+        call = FetchCall(method(metadata=metadata), fetch_open_to_pb(fetch, transport, lane))
+        peer.num_calls += 1
+        call.reading.add_done_callback(lambda _: self._ended(address, peer, call.is_broken))
+        return call
+
+    def _ended(self, address: str, peer: "_Peer", is_broken: bool) -> None:
+        """Forget a peer that is gone, so that connections do not pile up."""
+        peer.num_calls -= 1
+        peer.is_broken |= is_broken
+        if peer.is_broken and not peer.num_calls and self._peers.get(address) is peer:
+            del self._peers[address]
+            self._in_background(peer.connection.close())
 
     def linger(self, call: "FetchCall") -> None:
         """Let a call whose fetch is complete end by itself."""
-        task = asyncio.create_task(call.ended())
-        self._lingering.add(task)
-        task.add_done_callback(self._lingering.discard)
+        self._in_background(call.ended())
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def close(self) -> None:
         """Close all connections. Idempotent; the transports are closed before."""
-        if self._lingering:
-            await asyncio.wait(self._lingering, timeout=_LINGER_S)
-        for connection in self._connections.values():
-            await connection.close()
-        self._connections.clear()
+        if self._background:
+            await asyncio.wait(self._background, timeout=_LINGER_S)
+        peers, self._peers = self._peers, {}
+        for peer in peers.values():
+            await peer.connection.close()
 
     async def _serve(self, _requests: Any, context: Any) -> None:
         """The handler of `KV.Fetch`: failures are told in a reply, with their cause."""
@@ -227,7 +247,8 @@ class FetchCall:
         self._opening = opening
         self._num_allowed = 1 + opening.initial_credit  # replies: the answer, and frames
         self._replies: asyncio.Queue[pb.FetchReply | memoryview | BatonError] = asyncio.Queue()
-        self._reading = asyncio.create_task(self._read_all())
+        self.is_broken = False  # by the connection, not by what either side said
+        self.reading = asyncio.create_task(self._read_all())
 
     async def answer(self) -> tuple[int, int]:
         """Open the fetch: (epoch, num_ready_tokens)."""
@@ -263,13 +284,13 @@ class FetchCall:
 
     async def ended(self) -> None:
         """Wait until the producer has heard the last word, but not for long."""
-        await asyncio.wait({self._reading}, timeout=_LINGER_S)
+        await asyncio.wait({self.reading}, timeout=_LINGER_S)
         await self.cancel()
 
     async def cancel(self) -> None:
         """Tell the producer that nobody reads any more. Idempotent."""
         self._call.cancel()
-        await settle(self._reading)
+        await settle(self.reading)
 
     async def _write(self, request: pb.FetchRequest) -> None:
         try:
@@ -289,7 +310,9 @@ class FetchCall:
                 reply = await self._call.read()
                 self._replies.put_nowait(self._checked(reply))
         except grpc.aio.AioRpcError as error:
-            self._replies.put_nowait(to_baton_error(error))
+            failure = to_baton_error(error)
+            self.is_broken = failure.cause is Cause.TRANSPORT_FAILED
+            self._replies.put_nowait(failure)
         except BatonError as error:
             self._replies.put_nowait(error)
 

@@ -131,6 +131,8 @@ class Exporter:
         self._frame_bytes = frame_bytes
 
     async def attach(self, fetch: FetchOpen) -> "ExportAttachment":
+        if not self._memory.has(fetch.range):
+            raise BatonError(Cause.PROTOCOL, f"there is no such KV: {fetch.range}")
         feed = await self._gate.attach(fetch)
         return ExportAttachment(self._memory, self._gate, feed, fetch.range, self._frame_bytes)
 

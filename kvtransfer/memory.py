@@ -59,6 +59,12 @@ class KVMemory:
         if is_cuda:
             self._stream = torch.cuda.Stream(kv_cache.device)  # type: ignore[no-untyped-call]
 
+    def has(self, where: KVRange) -> bool:
+        """Does the pool have these layers and heads?"""
+        (group,) = self.layout.groups
+        layers_ok = 0 <= where.layer_start < where.layer_stop <= group.num_layers
+        return layers_ok and 0 <= where.head_start <= where.head_stop <= self._kv_cache.shape[4]
+
     def num_bytes(self, where: KVRange) -> int:
         """Payload size of a range."""
         return kv_pack.payload_bytes(self._kv_cache, where)

@@ -1,6 +1,7 @@
 """How the producer cuts KV into frames, what it waits for, and when it stops."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -102,6 +103,23 @@ async def test_a_refusal_passes_through(pool: Pool) -> None:
     gate.refusal = BatonError(Cause.TICKET_EXPIRED, "too late")
     with pytest.raises(BatonError, match="too late"):
         await Exporter(pool.memory, gate).attach(make_fetch(1))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        KVRange(0, 4, 0, 1),
+        KVRange(1, 1, 0, 1),
+        KVRange(0, 1, 0, 1, 1, 3),
+        KVRange(0, 1, 0, 1, 2, 1),
+    ],
+)
+async def test_kv_that_the_pool_does_not_have(pool: Pool, wrong: KVRange) -> None:
+    gate = Gate(pool, 64, b"")
+    with pytest.raises(BatonError, match="no such KV") as caught:
+        await Exporter(pool.memory, gate).attach(replace(make_fetch(1), range=wrong))
+    assert caught.value.cause is Cause.PROTOCOL
+    assert gate.feeds == []
 
 
 @pytest.mark.parametrize("num_ready_tokens", [0, 64])

@@ -124,6 +124,7 @@ async def test_a_killed_producer_is_told_and_leaves_a_valid_prefix(transport: st
         assert caught.value.cause is Cause.TRANSPORT_FAILED
         with pytest.raises(BatonError):
             await consumer.fetch(there, make_fetch(1), RecordingSink(1))
+        assert not consumer._calls._peers, "a dead peer's connection is kept"  # type: ignore[attr-defined]
     valid = KVRange(0, NUM_LAYERS, 0, importer.valid_tokens)
     assert target.content(valid) == known_pool().content(valid)
     target.memory.close()
