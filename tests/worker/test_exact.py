@@ -21,6 +21,7 @@ from tests.engine.tiny_models import load_tiny_runner, make_core, random_prompts
 from tests.worker.fleet import Client, LocalWorker, start_worker
 
 CHUNK_TOKENS = 32  # so that most prompts take several steps
+PROMPT_LEN = 96  # a multiple of both block sizes
 GREEDY = {"temperature": 0.0, "seed": 0, "max_tokens": 10, "ignore_eos": True}
 SEEDED = {"temperature": 1.0, "seed": 5, "max_tokens": 10, "ignore_eos": True}
 SAMPLINGS: dict[str, dict[str, Any]] = {
@@ -142,7 +143,8 @@ def prompt(length: int, seed: int) -> list[int]:
 async def cache(worker: LocalWorker, client: Client, tokens: list[int]) -> None:
     """Let the worker's prefix cache hold these."""
     if tokens:
-        await client.local(worker, client.request(tokens, SamplingParams(**GREEDY)))
+        sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=1)
+        await client.local(worker, client.request(tokens, sampling))
 
 
 # ── the matrix ───────────────────────────────────────────────────────────────────────────────────
@@ -155,19 +157,19 @@ async def test_prefix_hits_and_samplings(
     runners: Runners, oracle: Oracle, block_sizes: tuple[int, int], hit_on_p: str, hit_on_d: str
 ) -> None:
     client = Client()
-    lengths = {"none": 0, "part": 64, "full": 160}
+    lengths = {"none": 0, "part": 32, "full": PROMPT_LEN}
     async with pair(runners, block_sizes) as (p, d):
         for number, (name, sampling) in enumerate(SAMPLINGS.items()):
-            tokens = prompt(160, seed=number)  # a multiple of both block sizes
+            tokens = prompt(PROMPT_LEN, seed=number)
             await cache(p, client, tokens[: lengths[hit_on_p]])
             await cache(d, client, tokens[: lengths[hit_on_d]])
             request = client.request(tokens, SamplingParams(**sampling))
             answer = await client.disaggregated(p, d, request)
             assert (answer.token_ids, on_the_wire(answer.logprobs)) == oracle(request), name
             assert answer.num_cached_on_d == lengths[hit_on_d]
-            assert answer.num_cached_on_p == min(lengths[hit_on_p], 160 - block_sizes[0])
+            assert answer.num_cached_on_p == min(lengths[hit_on_p], PROMPT_LEN - block_sizes[0])
             assert answer.stats is not None
-            assert answer.stats.num_tokens == 160 - lengths[hit_on_d]
+            assert answer.stats.num_tokens == PROMPT_LEN - lengths[hit_on_d]
             assert answer.stats.num_bytes > 0  # the end frame at least
             if hit_on_d != "full":
                 assert answer.stats.num_bytes > answer.stats.num_tokens * 100
