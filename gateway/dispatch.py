@@ -176,6 +176,7 @@ class Dispatcher:
             return
         before = (worker.free_blocks, -worker.num_sequences, worker.accepts, worker.role)
         self.fleet.received(worker_id, batch)
+        step_ms = 0.0 if batch.timing is None else batch.timing.duration_ms
         by_request: dict[str, list[int]] = {}
         for position, message in enumerate(batch.messages):
             by_request.setdefault(message.leg.request_id, []).append(position)
@@ -183,7 +184,7 @@ class Dispatcher:
             machine = self._machines.get(request_id)
             if machine is not None:
                 messages = [batch.messages[position] for position in positions]
-                effects = machine.on_messages(messages, now_ms)
+                effects = machine.on_messages(messages, now_ms, step_ms)
                 self._carry_out(request_id, machine, effects, now_ms)
         if worker.state is WorkerState.STUCK:
             self._drop(worker_id)

@@ -92,6 +92,7 @@ class RequestMachine:
         self._patience = Patience(config)
         self._effects: list[Effect] = []
         self._timeline = Timeline(now_ms)
+        self._step_began_ms = now_ms
         self.deadline_ms = (
             float("inf") if request.deadline_ms is None else now_ms + request.deadline_ms
         )
@@ -117,8 +118,11 @@ class RequestMachine:
         """`wake_at_ms` has come, or (when `is_parked`) a worker's load has changed."""
         return self._settle(now_ms)
 
-    def on_messages(self, messages: Iterable[LegMessage], now_ms: float) -> list[Effect]:
-        """What one StepBatch says of this request, in order."""
+    def on_messages(
+        self, messages: Iterable[LegMessage], now_ms: float, step_ms: float = 0.0
+    ) -> list[Effect]:
+        """What one StepBatch says of this request, in order; its step took `step_ms`."""
+        self._step_began_ms = now_ms - step_ms
         for message in messages:
             if self.ended is not None:
                 break
@@ -174,7 +178,7 @@ class RequestMachine:
                 leg.left_ms = self._planner.local_ms(need, leg.info.worker_id, num_cached)
                 leg.as_of_ms = now_ms
                 self._patience.got_on()
-                self._timeline.admitted(num_cached, now_ms)
+                self._timeline.admitted(num_cached, self._step_began_ms)
             case Progress(_, _, left_ms):
                 leg.left_ms, leg.as_of_ms = left_ms, now_ms
             case TokenChunk():
@@ -197,7 +201,7 @@ class RequestMachine:
                 self._patience.got_on()
             case Admitted(_, num_cached, _):
                 self._patience.got_on()
-                self._timeline.admitted(num_cached, now_ms)
+                self._timeline.admitted(num_cached, self._step_began_ms)
             case Imported(_, stats) if leg.phase in {Phase.BINDING, Phase.IMPORTING}:
                 leg.phase = Phase.DECODING
                 self._timeline.imported(stats)
@@ -298,8 +302,10 @@ class RequestMachine:
 
     def _bind(self, prefill: PrefillLeg, ticket: KVTicket, now_ms: float) -> None:
         """Choose D as late as the forecast allows, and at the latest with the first token."""
-        source = prefill.info
-        decision = self._planner.pick_decode(self._need(now_ms), source.worker_id)
+        source, need = prefill.info, self._need(now_ms)
+        if need.max_new_tokens <= 1 and not prefill.is_held:
+            return  # the first token is the last one
+        decision = self._planner.pick_decode(need, source.worker_id)
         if isinstance(decision, Refusal):
             if not prefill.is_held:
                 return  # P computes on; its progress asks again, at the latest its first token

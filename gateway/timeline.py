@@ -26,10 +26,10 @@ class Timeline:
     def decodes_on(self, worker_id: str) -> None:
         self.report = replace(self.report, decode_worker=worker_id)
 
-    def admitted(self, num_cached_tokens: int, now_ms: float) -> None:
+    def admitted(self, num_cached_tokens: int, began_ms: float) -> None:
         """A worker began with the prompt; only the first time counts."""
         if self._admitted_ms is None:
-            self._admitted_ms = now_ms
+            self._admitted_ms = now_ms = max(began_ms, self._opened_ms)
             self.report = replace(
                 self.report,
                 num_cached_tokens=num_cached_tokens,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from baton.engine.null_runner import NullModel
+from baton.gateway.backend import PrefillPath
 from baton.messages import BlocksRemoved, BlocksStored
 from baton.types import BlockHash, Request, Role, SamplingParams
 from tests.sim.gateway import SimGateway
@@ -27,6 +28,7 @@ class Stats:
     num_corrupted: int = 0
     num_events: int = 0
     num_cached_tokens: int = 0
+    num_computed_tokens: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
     messages: Counter[str] = field(default_factory=Counter)
@@ -34,11 +36,20 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What may happen in a schedule."""
+    """What may happen in a schedule.
 
-    has_faults: bool = True
-    num_requests: tuple[int, int] = (2, 5)
+    is_calm: nothing breaks, there is room, nobody gives up; then it is known exactly which way
+    each request takes and how much is computed for it (`SimFleet.check_economy`).
+    """
+
+    is_calm: bool = False
+    num_corrupt: int = 0  # frames to corrupt in any case
     fault_window_ms: float = 150.0
+
+
+CALM = Plan(is_calm=True, fault_window_ms=0.0)
+_CALM_START_MS = 60.0  # every session is up
+_ECHO_MS = 400.0  # when a calm fleet is at rest again, and the first prompt comes once more
 
 
 class SimFleet:
@@ -50,7 +61,7 @@ class SimFleet:
         self.world = World(seed, trace)
         self.plan = plan or Plan()
         self.stats = Stats()
-        self._num_to_corrupt = 0
+        self._num_to_corrupt = self.plan.num_corrupt
         rng = self.world.rng
         self.model = NullModel(VOCAB_SIZE, EOS, eos_rate=rng.choice([0.0, 0.03, 0.2]))
         self.workers: dict[str, SimWorker] = {}
@@ -69,7 +80,8 @@ class SimFleet:
 
     def _draw_workers(self) -> list[WorkerSpec]:
         rng = self.world.rng
-        roles = rng.choice(["pd", "pd", "pdd", "ppd", "ppddd", "pdd", "b", "bb", "pb", "dd"])
+        fleets = ["pd", "pd", "pdd", "ppd", "ppddd", "pdd"]
+        roles = rng.choice(fleets if self.plan.is_calm else [*fleets, "b", "bb", "pb", "dd"])
         names = {"p": Role.PREFILL, "d": Role.DECODE, "b": Role.BOTH}
         num_seqs = rng.choice([2, 4, 8])
         is_tiny = rng.random() < 0.5
@@ -77,7 +89,7 @@ class SimFleet:
             WorkerSpec(
                 name=f"{letter}{index}",
                 role=names[letter],
-                num_blocks=(rng.randrange(9, 14) if is_tiny else rng.randrange(16, 40)),
+                num_blocks=self._draw_num_blocks(is_tiny),
                 block_size=rng.choice([16, 16, 32]),
                 chunk_tokens=rng.choice([16, 32, 64]),
                 max_num_seqs=num_seqs,
@@ -85,13 +97,26 @@ class SimFleet:
             for index, letter in enumerate(roles)
         ]
 
+    def _draw_num_blocks(self, is_tiny: bool) -> int:
+        rng = self.world.rng
+        if self.plan.is_calm:
+            return 128
+        return rng.randrange(9, 14) if is_tiny else rng.randrange(16, 40)
+
     def _draw_clients(self) -> list[Client]:
         rng, world = self.world.rng, self.world
         prefixes = [self._tokens(rng.choice([16, 32, 48])) for _ in range(2)]
-        clients = []
-        for index in range(rng.randint(*self.plan.num_requests)):
-            client = self._draw_client(f"r{index}", prefixes)
-            clients.append(client)
+        is_crowd = rng.random() < 0.25
+        num_clients = rng.randint(5, 8) if is_crowd else rng.randint(2, 4)
+        window_ms = 10.0 if is_crowd else 60.0
+        clients = [
+            self._draw_client(f"r{index}", prefixes, window_ms) for index in range(num_clients)
+        ]
+        if self.plan.is_calm:
+            first = clients[0]
+            echo = replace(first.request, request_id="echo")
+            clients.append(replace(first, request=echo, arrives_ms=_ECHO_MS, got=_empty(echo)))
+        for client in clients:
             gateway = self.gateways[client.gateway]
             world.after(client.arrives_ms, None, self._arrive, gateway, client)
         return clients
@@ -99,10 +124,13 @@ class SimFleet:
     def _tokens(self, count: int) -> tuple[int, ...]:
         return tuple(self.world.rng.randrange(8, VOCAB_SIZE) for _ in range(count))
 
-    def _draw_client(self, name: str, prefixes: Sequence[tuple[int, ...]]) -> Client:
-        rng = self.world.rng
+    def _draw_client(
+        self, name: str, prefixes: Sequence[tuple[int, ...]], window_ms: float
+    ) -> Client:
+        rng, is_calm = self.world.rng, self.plan.is_calm
         prefix = rng.choice([(), *prefixes])
-        prompt = prefix + self._tokens(rng.randrange(0 if prefix else 1, 24))
+        num_own = rng.randrange(0 if prefix else 1, 24)
+        prompt = prefix + self._tokens(40 if is_calm else num_own)
         sampling = SamplingParams(
             n=rng.choice([1, 1, 1, 2, 3]),
             temperature=rng.choice([0.0, 1.0]),
@@ -110,15 +138,17 @@ class SimFleet:
             max_tokens=rng.choice([1, 2, 5, 9, 14]),
         )
         deadline = rng.choice([None, None, None, 40, 400, 4_000])
-        request = Request(name, prompt, sampling, deadline_ms=deadline)
+        gives_up = rng.random() < 0.15 and not is_calm
+        stops = rng.random() < 0.2 and not is_calm
+        request = Request(name, prompt, sampling, deadline_ms=None if is_calm else deadline)
         return Client(
             gateway=rng.choice(sorted(self.gateways)),
             request=request,
-            arrives_ms=rng.random() * 60.0,
-            abort_after_ms=rng.random() * 80.0 if rng.random() < 0.15 else None,
-            stop_modulo=rng.choice([5, 20]) if rng.random() < 0.2 else None,
+            arrives_ms=rng.random() * window_ms + (_CALM_START_MS if is_calm else 4.0),
+            abort_after_ms=rng.random() * 80.0 if gives_up else None,
+            stop_modulo=rng.choice([5, 20]) if stops else None,
             expected=expected_output(self.model, request, MAX_MODEL_LEN),
-            got=[[] for _ in range(sampling.n)],
+            got=_empty(request),
         )
 
     def _arrive(self, gateway: SimGateway, client: Client) -> None:
@@ -132,6 +162,7 @@ class SimFleet:
 
     def schedule_faults(self) -> None:
         rng = self.world.rng
+        self._num_to_corrupt += rng.choice([0, 0, 0, 0, 1, 2])
         for _ in range(rng.choice([0, 1, 1, 2, 3, 4])):
             fault = rng.choice(
                 ["crash", "pause", "cut", "corrupt", "raise", "evict", "drain", "gateway"]
@@ -271,7 +302,7 @@ class SimFleet:
         Raises:
             AssertionError: an invariant does not hold, or something never ends.
         """
-        if self.plan.has_faults:
+        if not self.plan.is_calm:
             self.schedule_faults()
         world = self.world
         while not self._is_over():
@@ -279,8 +310,11 @@ class SimFleet:
             assert world.num_events < MAX_EVENTS, "something goes round in circles"
             if not world.run_one():
                 raise AssertionError("nothing is left to happen:\n" + self._open_ends())
+        if self.plan.is_calm:
+            self.check_economy()
         for worker in self.workers.values():
             worker.check_clean()
+            self.stats.num_computed_tokens += worker.runner.num_tokens_computed
         for gateway in self.gateways.values():
             gateway.check_clean()
         for client in self.clients:
@@ -291,6 +325,27 @@ class SimFleet:
                 self.stats.num_cached_tokens += client.machine.report.num_cached_tokens
         self.stats.num_events = world.num_events
         return self.stats
+
+    def check_economy(self) -> None:
+        """In a calm fleet the path is known: whatever has more to say than its first token was
+        handed over; no token's KV was computed twice; a prompt that comes again is remembered."""
+        bound = 0
+        for client in self.clients:
+            machine, name = client.machine, client.request.request_id
+            assert machine is not None
+            report = machine.report
+            num_outputs = sum(len(output) - 1 for output in client.expected)
+            if num_outputs and report.prefill_worker != report.decode_worker:
+                assert report.path is PrefillPath.REMOTE, f"{name} was not handed over"
+                assert sum(stats.num_bytes for stats in report.transfers) > 0, f"{name}: no bytes"
+            bound += len(client.request.prompt_token_ids) - report.num_cached_tokens + num_outputs
+        computed = sum(worker.runner.num_tokens_computed for worker in self.workers.values())
+        assert computed <= bound, f"{computed} tokens were computed where {bound} are enough"
+        first, echo = self.clients[0].machine, self.clients[-1].machine
+        assert first is not None
+        assert echo is not None
+        if first.report.prefill_worker == echo.report.prefill_worker:
+            assert echo.report.num_cached_tokens > 0, "a prompt that came again was not remembered"
 
     def _is_over(self) -> bool:
         """Everybody was served and the fleet is at rest."""
@@ -314,6 +369,5 @@ class SimFleet:
         return "\n".join(lines)
 
 
-def plain(plan: Plan | None = None) -> Plan:
-    """The same without faults."""
-    return replace(plan or Plan(), has_faults=False)
+def _empty(request: Request) -> list[list[int]]:
+    return [[] for _ in range(request.sampling.n)]

@@ -42,6 +42,7 @@ class _Session:
         else:
             assert isinstance(message, StepBatch)
             for item in message.messages:
+                gateway.fleet.stats.messages[type(item).__name__] += 1
                 gateway.world.log(gateway.name, f"← {self.worker_id} {item}")
             gateway.dispatcher.received(self.worker_id, message, gateway.world.now)
         gateway.set_timer()
@@ -110,6 +111,7 @@ class SimGateway(Node):
         self.world.after(HEARTBEAT_MS, self, self._beat)
 
     def _send(self, worker_id: str, message: GatewayMessage) -> None:
+        self.fleet.stats.messages[type(message).__name__] += 1
         self.world.log(self.name, f"→ {worker_id} {message}")
         session = self.sessions.get(worker_id)
         if session is not None and session.is_up:

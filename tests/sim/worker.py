@@ -126,7 +126,8 @@ class SimWorker(Node):
         self.memory = SimMemory(self.runner, self.info.layout)
         policy = WorkerPolicy(
             role=spec.role,
-            lease_ttl_ms=4_000,
+            lease_ttl_ms=4_000 if self.fleet.plan.is_calm else rng.choice([120, 4_000]),
+            lease_idle_ms=rng.choice([50, 1_000]),
             attachment_stall_ms=800,
             fetch_stall_ms=1_500,
             decide_ms=3_000,
@@ -147,6 +148,7 @@ class SimWorker(Node):
         self.readers: dict[int, Reader] = {}
         self.writers: dict[LegId, Writer] = {}
         self._is_stepping = False
+        self._is_core_changed = False
         self.world.after(BUSY_TICK_MS, self, self._tick)
 
     def _describe(self) -> WorkerInfo:
@@ -222,6 +224,11 @@ class SimWorker(Node):
                 self.writers[leg] = Writer(self, effect)
             case CancelFetch(leg):
                 self.writers[leg].cancel()
+            case _:
+                self._tell_readers(effect)
+
+    def _tell_readers(self, effect: Effect) -> None:
+        match effect:
             case AttachGranted(key):
                 self.readers_by_key[key].granted(effect)
             case AttachRefused(key, cause, detail):
@@ -246,6 +253,7 @@ class SimWorker(Node):
         while self.commands:
             self.core.apply(self.commands.popleft())
         output = self.core.step() if self.core.has_work else None
+        self._is_core_changed = True
         if output is None:
             self._is_stepping = False
             return
@@ -271,7 +279,8 @@ class SimWorker(Node):
 
     def check(self) -> None:
         self.machine.check_integrity()
-        if not self._is_stepping:
+        if self._is_core_changed:
+            self._is_core_changed = False
             self.core.check_integrity()
         for reader in self.readers.values():
             assert reader.leg is not None

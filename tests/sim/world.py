@@ -17,7 +17,7 @@ class Node:
         self.life = 0
         self.is_alive = False
         self.paused_until = 0.0
-        self.conns: dict["Conn", None] = {}
+        self.conns: dict[Conn, None] = {}
 
     def check(self) -> None:
         """Invariants that hold between any two events of this node."""

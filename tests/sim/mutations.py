@@ -1,0 +1,82 @@
+"""Ways to break the product on purpose. Each must make the simulator fail; none exists outside the
+tests."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+from baton.engine import commands
+from baton.engine.block_pool import BlockPool
+from baton.engine.intake import Intake
+from baton.engine.prefix_cache import PrefixCache
+from baton.gateway.commit import OutputLog
+from baton.kvtransfer import frames
+from baton.types import TokenChunk
+from baton.worker.consumer import ConsumerSide
+
+
+@contextmanager
+def bind_computes_here() -> Iterator[None]:
+    """D ignores the ticket and computes the prompt: the tokens are right, nothing is moved."""
+
+    def bind(self, session, leg, request, source, now_ms) -> None:  # type: ignore[no-untyped-def]
+        self.compute_locally(session, leg, request, now_ms)
+
+    with patch.object(ConsumerSide, "bind", bind):
+        yield
+
+
+@contextmanager
+def import_is_recomputed() -> Iterator[None]:
+    """D fetches the KV, says Imported, and computes it all the same."""
+
+    def apply(self: Intake, command: commands.KVImported) -> None:
+        self._compute_here(commands.ComputeHere(command.leg))
+
+    with patch.object(Intake, "_kv_imported", apply):
+        yield
+
+
+@contextmanager
+def checksum_off() -> Iterator[None]:
+    with patch.object(frames, "_checksum", lambda *_: 0):
+        yield
+
+
+@contextmanager
+def quarantine_off() -> Iterator[None]:
+    """Blocks of an aborted leg are free at once, readers and writers or not."""
+    with patch.object(BlockPool, "quarantine", lambda self, _, blocks: self.release(blocks)):
+        yield
+
+
+@contextmanager
+def prefix_hits_ignored() -> Iterator[None]:
+    with patch.object(PrefixCache, "find", lambda *_, **__: []):
+        yield
+
+
+@contextmanager
+def commit_rule_off() -> Iterator[None]:
+    """Every chunk is passed on as it comes."""
+    commit = OutputLog.commit
+
+    def pass_on(self: OutputLog, chunk: TokenChunk) -> TokenChunk | None:
+        commit(self, chunk)
+        return chunk
+
+    with patch.object(OutputLog, "commit", pass_on):
+        yield
+
+
+MUTATIONS: dict[str, Callable[[], object]] = {
+    function.__name__: function
+    for function in (
+        bind_computes_here,
+        import_is_recomputed,
+        checksum_off,
+        quarantine_off,
+        prefix_hits_ignored,
+        commit_rule_off,
+    )
+}
