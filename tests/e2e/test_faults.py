@@ -147,9 +147,10 @@ def test_the_gateway_is_killed_under_streams_and_workers_clean_up(fleet) -> None
         body = {"prompt": prompt(20 + i), **BODY, "max_tokens": 800, "stream": True}
         try:
             with fleet.client.stream("POST", "/v1/completions", json=body) as response:
-                next(response.iter_lines())
+                lines = response.iter_lines()
+                next(lines)
                 started.wait(30)
-                for _ in response.iter_lines():
+                for _ in lines:
                     pass
         except httpx.TransportError:
             pass
