@@ -1,0 +1,134 @@
+"""The Triton kernel behind `paged_prefill`: flash attention (Dao, 2023) over paged KV, for a prompt
+or a chunk of one that follows cached context."""
+# Triton reads a kernel's annotations as its own types, so kernels stay without them.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TILE_QUERIES = 64
+_TILE_KEYS = 64
+
+
+@triton.jit
+def _prefill_kernel(
+    q_ptr,  # [num_tokens, num_heads, head_dim], strided in the first dimension
+    cache_ptr,  # [2, num_slots, num_kv_heads, head_dim]
+    starts_ptr,  # [num_rows + 1] int32
+    table_ptr,  # [num_rows, max_blocks] int32
+    lens_ptr,  # [num_rows] int32
+    out_ptr,  # [num_tokens, num_heads, head_dim], contiguous
+    q_stride,
+    max_blocks,
+    num_slots,
+    scale_log2,  # scale * log2(e)
+    window,
+    num_heads: tl.constexpr,
+    num_kv_heads: tl.constexpr,
+    head_dim: tl.constexpr,
+    block_size: tl.constexpr,
+    QUERIES: tl.constexpr,
+    DIMS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # The tiles with the longest context first: the others fill the gaps at the end.
+    tile_of_row = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    first_query = tl.load(starts_ptr + row)
+    num_queries = tl.load(starts_ptr + row + 1) - first_query
+    if tile_of_row * QUERIES >= num_queries:
+        return
+    context_len = tl.load(lens_ptr + row)
+    offsets = tile_of_row * QUERIES + tl.arange(0, QUERIES)
+    is_query = offsets < num_queries
+    positions = context_len - num_queries + offsets
+    dims = tl.arange(0, DIMS)
+    in_head = dims < head_dim
+    kv_head = head // (num_heads // num_kv_heads)
+    token = (first_query + offsets).to(tl.int64)
+    q_at = token[:, None] * q_stride + head * head_dim + dims[None, :]
+    q_mask = is_query[:, None] & in_head[None, :]
+    q = tl.load(q_ptr + q_at, mask=q_mask, other=0.0)
+
+    first_position = context_len - num_queries + tile_of_row * QUERIES
+    stop = tl.minimum(first_position + QUERIES, context_len)
+    first_seen = tl.where(window > 0, tl.maximum(first_position - window + 1, 0), 0)
+    maximum = tl.full((QUERIES,), float("-inf"), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    acc = tl.zeros((QUERIES, DIMS), tl.float32)
+    v_ptr = cache_ptr + num_slots.to(tl.int64) * (num_kv_heads * head_dim)
+    for tile in range(first_seen // KEYS * KEYS, stop, KEYS):
+        keys = tile + tl.arange(0, KEYS)
+        there = keys < stop
+        block = tl.load(table_ptr + row * max_blocks + keys // block_size, mask=there, other=0)
+        slot = block.to(tl.int64) * block_size + keys % block_size
+        at = (slot * num_kv_heads + kv_head)[:, None] * head_dim + dims[None, :]
+        mask = there[:, None] & in_head[None, :]
+        k = tl.load(cache_ptr + at, mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        distance = positions[:, None] - keys[None, :]
+        seen = (distance >= 0) & there[None, :]
+        seen = seen & ((window <= 0) | (distance < window))
+        scores = tl.where(seen, scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        # A query that has seen nothing yet (its window begins later) must not give -inf - -inf.
+        base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(maximum - base)
+        total = total * shrink + tl.sum(weights, 1)
+        v = tl.load(v_ptr + at, mask=mask, other=0.0)
+        seen_values = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        acc = acc * shrink[:, None] + seen_values
+        maximum = new_maximum
+
+    out = acc / tl.where(is_query, total, 1.0)[:, None]
+    out_at = (token[:, None] * num_heads + head) * head_dim + dims[None, :]
+    tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=q_mask)
+
+
+def paged_prefill_triton(
+    q: Tensor,
+    kv_cache: Tensor,
+    query_starts: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    max_query_len: int,
+    scale: float,
+    window: int = 0,
+) -> Tensor:
+    """See `paged_prefill`."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_rows, max_blocks = block_table.shape
+    _, num_blocks, block_size, num_kv_heads, _ = kv_cache.shape
+    assert q.stride()[1:] == (head_dim, 1), "the heads of a query must be contiguous"
+    assert kv_cache.is_contiguous()
+    assert block_table.is_contiguous()
+    out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    _prefill_kernel[(triton.cdiv(max_query_len, _TILE_QUERIES), num_heads, num_rows)](
+        q,
+        kv_cache,
+        query_starts,
+        block_table,
+        context_lens,
+        out,
+        q.stride(0),
+        max_blocks,
+        num_blocks * block_size,
+        scale * 1.4426950408889634,
+        window,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        QUERIES=_TILE_QUERIES,
+        DIMS=max(16, triton.next_power_of_2(head_dim)),
+        KEYS=_TILE_KEYS,
+        PRECISION="ieee" if q.dtype is torch.float32 else "tf32",
+        num_warps=4,
+        num_stages=2,
+    )
+    return out

@@ -1,0 +1,146 @@
+"""Attention over paged KV: the CPU path and the Triton kernels (interpreted) equal the reference,
+and the reference equals plain attention."""
+
+import os
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+
+from baton.kernels.paged_attention import paged_decode_torch, paged_prefill_torch
+from baton.kernels.paged_attention_cpu import CpuAttention, Invariance
+from baton.kernels.paged_decode_triton import paged_decode_triton
+from baton.kernels.paged_prefill_triton import paged_prefill_triton
+from baton.kernels.paged_rows import PagedRow
+
+BLOCK_SIZE, NUM_BLOCKS = 16, 96
+# (query heads, KV heads, head_dim): grouped, one each, odd group, not a power of two
+HEADS = [(4, 2, 32), (2, 2, 16), (7, 1, 64), (6, 2, 24)]
+WINDOWS = [0, 1, 20, 500]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def make_cache(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    shape = (2, NUM_BLOCKS, BLOCK_SIZE, num_kv_heads, head_dim)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def scattered(rows: Sequence[tuple[int, int]], seed: int = 0) -> list[PagedRow]:
+    """(start, num_queries) of each row → rows with blocks of their own, in no order."""
+    order = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(seed)).tolist()
+    made = []
+    for start, num_queries in rows:
+        num_blocks = -(-(start + num_queries) // BLOCK_SIZE)
+        made.append(PagedRow(start, num_queries, order[:num_blocks]))
+        del order[:num_blocks]
+    return made
+
+
+def in_a_run(rows: Sequence[tuple[int, int]]) -> list[PagedRow]:
+    made, first = [], 3
+    for start, num_queries in rows:
+        num_blocks = -(-(start + num_queries) // BLOCK_SIZE)
+        made.append(PagedRow(start, num_queries, range(first, first + num_blocks)))
+        first += num_blocks
+    return made
+
+
+def tables(rows: Sequence[PagedRow]) -> tuple[Tensor, Tensor, Tensor]:
+    """(query_starts, block_table, context_lens). What pads the table must never be read."""
+    width = max(len(row.block_ids) for row in rows) + 1
+    table = [[*row.block_ids, *[-(10**6)] * (width - len(row.block_ids))] for row in rows]
+    starts = torch.tensor([0, *(row.num_queries for row in rows)]).cumsum(0)
+    lens = torch.tensor([row.context_len for row in rows], dtype=torch.int32)
+    return starts.int(), torch.tensor(table, dtype=torch.int32), lens
+
+
+def reference(q: Tensor, cache: Tensor, rows: Sequence[PagedRow], window: int) -> Tensor:
+    starts, table, lens = tables(rows)
+    longest = max(row.num_queries for row in rows)
+    return paged_prefill_torch(q, cache, starts, table, lens, longest, q.shape[2] ** -0.5, window)
+
+
+def queries(rows: Sequence[PagedRow], heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """Strided, as they come out of the fused projection."""
+    num_tokens = sum(row.num_queries for row in rows)
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(num_tokens, heads + 3, head_dim, generator=generator).to(dtype)[:, :heads]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_reference_equals_plain_attention(window: int) -> None:
+    (row,) = rows = scattered([(37, 21)])
+    q, cache = queries(rows, 4, 32, torch.float32), make_cache(2, 32, torch.float32)
+    keys, values = cache[:, row.block_ids].flatten(1, 2)[:, : row.context_len]
+    keys, values = (t.repeat_interleave(2, dim=1).transpose(0, 1) for t in (keys, values))
+    distance = torch.arange(37, 58)[:, None] - torch.arange(58)
+    seen = (distance >= 0) & ((distance < window) if window else True)
+    expected = F.scaled_dot_product_attention(q.transpose(0, 1), keys, values, attn_mask=seen)
+    assert (reference(q, cache, rows, window) - expected.transpose(0, 1)).abs().max() < 1e-5
+
+
+PREFILLS = [[(0, 1)], [(0, 64), (0, 3)], [(100, 65), (0, 130), (15, 1), (16, 17)], [(250, 200)]]
+DECODES = [[(0, 1)], [(15, 1), (16, 1), (0, 1)], [(300, 1), (7, 1), (511, 1)], [(700, 1)]]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("invariance", [None, Invariance()], ids=["plain", "invariant"])
+def test_cpu_equals_the_reference(
+    heads: tuple[int, int, int], window: int, dtype: torch.dtype, invariance: Invariance | None
+) -> None:
+    num_heads, num_kv_heads, head_dim = heads
+    cache = make_cache(num_kv_heads, head_dim, dtype)
+    attention = CpuAttention(num_heads, num_kv_heads, head_dim, dtype, invariance)
+    for shape in [*PREFILLS, *DECODES, [*DECODES[2], *PREFILLS[2]]]:
+        for rows in (scattered(shape), in_a_run(shape)):
+            q = queries(rows, num_heads, head_dim, dtype)
+            got = attention.run(q, cache, attention.plan(rows, cache, window))
+            error = (got.float() - reference(q.float(), cache.float(), rows, window)).abs().max()
+            assert error < TOLERANCE[dtype], shape
+
+
+# Triton's interpreter multiplies the bit patterns of bfloat16; bench/gpu.py checks it on a GPU.
+INTERPRETED = [torch.float32, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", INTERPRETED)
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("heads", HEADS)
+def test_triton_decode_equals_the_reference(
+    heads: tuple[int, int, int], window: int, dtype: torch.dtype
+) -> None:
+    num_heads, num_kv_heads, head_dim = heads
+    cache = make_cache(num_kv_heads, head_dim, dtype)
+    for shape in DECODES:
+        rows = scattered(shape)
+        q = queries(rows, num_heads, head_dim, dtype)
+        _, table, lens = tables(rows)
+        got = paged_decode_triton(q, cache, table, lens, head_dim**-0.5, window)
+        expected = paged_decode_torch(q, cache, table, lens, head_dim**-0.5, window)
+        assert (got.float() - expected.float()).abs().max() < TOLERANCE[dtype], shape
+
+
+@pytest.mark.parametrize("dtype", INTERPRETED)
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("heads", HEADS[:2])
+def test_triton_prefill_equals_the_reference(
+    heads: tuple[int, int, int], window: int, dtype: torch.dtype
+) -> None:
+    num_heads, num_kv_heads, head_dim = heads
+    cache = make_cache(num_kv_heads, head_dim, dtype)
+    for shape in PREFILLS[:3]:
+        rows = scattered(shape)
+        q = queries(rows, num_heads, head_dim, dtype)
+        starts, table, lens = tables(rows)
+        longest = max(row.num_queries for row in rows)
+        scale = head_dim**-0.5
+        got = paged_prefill_triton(q, cache, starts, table, lens, longest, scale, window)
+        expected = paged_prefill_torch(q, cache, starts, table, lens, longest, scale, window)
+        assert (got.float() - expected.float()).abs().max() < TOLERANCE[dtype], shape
