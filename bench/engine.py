@@ -1,0 +1,231 @@
+"""The engine on this machine's CPU, next to what the machine can do.
+
+Measures, interleaved so that a noisy machine hits all of it alike: the bf16 GEMM rate, the read
+bandwidth, prefill of 512 tokens and decode at batch 1 and 8 of a model of 0.5B parameters with
+random weights. Prints the ratio of each to its limit:
+
+    prefill   its multiplications (attention: the causal half) at the GEMM rate / measured time
+    decode    its weights and KV read once at the read bandwidth              / measured time
+
+    python bench/engine.py [--rounds 15] [--threads 2] [--json FILE]
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from baton.engine.batch import Batch, SampleRequest, ScheduledRow
+from baton.engine.layers.linear import Linear
+from baton.engine.loader import load_runner
+from baton.engine.runner import ModelRunner
+from baton.engine.runner_config import RunnerConfig
+from baton.engine.sampler import Sampler
+from baton.types import BlockId, SamplingParams
+
+HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB = 896, 24, 14, 2, 64, 4864, 151_936
+PREFILL_LEN = 512
+CONTEXT_LEN = 512  # tokens in the pool before a decode step
+LAYER_PARAMS = HIDDEN * HEAD_DIM * (2 * HEADS + 2 * KV_HEADS) + 3 * HIDDEN * MLP
+BLOCK_SIZE = 16
+BLOCKS_PER_ROW = (CONTEXT_LEN + PREFILL_LEN) // BLOCK_SIZE
+GREEDY = SamplingParams(temperature=0.0)
+DRAWN = SamplingParams(temperature=0.8, top_p=0.95, seed=1)
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": HIDDEN,
+    "intermediate_size": MLP,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 32_768,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+}
+
+
+def prefill_flops(num_tokens: int) -> float:
+    """Multiplications and additions of a prefill that samples one token."""
+    attention = 2 * 2 * HEADS * HEAD_DIM * num_tokens * (num_tokens + 1) / 2
+    return LAYERS * (2.0 * LAYER_PARAMS * num_tokens + attention) + 2 * HIDDEN * VOCAB
+
+
+def decode_bytes(batch_size: int) -> int:
+    """Weights and KV that a decode step reads, in bf16."""
+    kv = batch_size * CONTEXT_LEN * LAYERS * 2 * KV_HEADS * HEAD_DIM
+    return 2 * (LAYERS * LAYER_PARAMS + HIDDEN * VOCAB + kv)
+
+
+@dataclass(slots=True)
+class Timings:
+    """Seconds of one thing, round by round."""
+
+    name: str
+    call: Callable[[], object]
+    calls_per_round: int
+    seconds: list[float] = field(default_factory=list)
+
+    def measure(self) -> None:
+        best = float("inf")
+        for _ in range(self.calls_per_round):
+            started = time.perf_counter()
+            self.call()
+            best = min(best, time.perf_counter() - started)
+        self.seconds.append(best)
+
+    @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def limits() -> dict[str, tuple[Timings, float]]:
+    """name → (timings, work per call): FLOPs of a GEMM with packed weights, bytes of a sum."""
+    x = torch.randn(PREFILL_LEN, HIDDEN).bfloat16()
+    linear = Linear(torch.randn(MLP, HIDDEN).bfloat16())
+    numbers = torch.ones(1 << 28)  # 1 GiB of float32
+    return {
+        "gemm": (Timings("gemm", lambda: linear(x), 8), 2.0 * PREFILL_LEN * HIDDEN * MLP),
+        "read": (Timings("read", numbers.sum, 2), numbers.numel() * 4.0),
+    }
+
+
+def row(index: int, start: int, num_tokens: int, params: SamplingParams) -> ScheduledRow:
+    blocks = [BlockId(index * BLOCKS_PER_ROW + i) for i in range(BLOCKS_PER_ROW)]
+    ids = [(index * 7919 + 31 * i) % VOCAB for i in range(num_tokens)]
+    sample = SampleRequest(0, index, start + num_tokens, params, ids, ())
+    return ScheduledRow(index, ids, start, blocks, (sample,))
+
+
+def prefill(params: SamplingParams = GREEDY) -> Batch:
+    return Batch((row(0, 0, PREFILL_LEN, params),))
+
+
+def decode(batch_size: int, params: SamplingParams = GREEDY) -> Batch:
+    return Batch(tuple(row(i, CONTEXT_LEN, 1, params) for i in range(batch_size)))
+
+
+@contextmanager
+def engine(*, batch_invariant: bool) -> Iterator[ModelRunner]:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+        runner = load_runner(
+            RunnerConfig(
+                folder,
+                load_format="dummy",
+                block_size=BLOCK_SIZE,
+                max_model_len=2 * PREFILL_LEN,
+                max_num_seqs=8,
+                kv_cache_memory_bytes=8 * BLOCKS_PER_ROW * BLOCK_SIZE * LAYERS * 2 * 2 * 128,
+                batch_invariant=batch_invariant,
+            )
+        )
+    yield runner
+    runner.close()
+
+
+def sampling(params: SamplingParams) -> Callable[[], object]:
+    sampler = Sampler(())
+    logits = torch.randn(8, VOCAB).bfloat16()
+    requests = [r.samples for r in decode(8, params).rows]
+    return lambda: sampler.sample(logits, requests)
+
+
+def measure(rounds: int) -> tuple[dict[str, Timings], dict[str, float]]:
+    """(every timing by name, work per call of the limits)."""
+    machine = limits()
+    timings = {name: timing for name, (timing, _) in machine.items()}
+    with engine(batch_invariant=False) as plain, engine(batch_invariant=True) as invariant:
+        for suffix, runner in (("", plain), (" invariant", invariant)):
+            for name, batch, calls in (
+                ("prefill 512", prefill(), 1),
+                ("decode 1", decode(1), 5),
+                ("decode 8", decode(8), 5),
+            ):
+
+                def call(runner: ModelRunner = runner, batch: Batch = batch) -> object:
+                    return runner.run(batch)
+
+                timings[name + suffix] = Timings(name + suffix, call, calls)
+        timings["sampling greedy"] = Timings("sampling greedy", sampling(GREEDY), 5)
+        timings["sampling top_p"] = Timings("sampling top_p", sampling(DRAWN), 5)
+        gc.collect()
+        for timing in timings.values():
+            timing.call()
+        for _ in tqdm(range(rounds), desc="Rounds"):
+            for timing in timings.values():
+                timing.measure()
+    return timings, {name: work for name, (_, work) in machine.items()}
+
+
+def report(timings: dict[str, Timings], work: dict[str, float]) -> dict[str, float]:
+    """Prints the table; returns the figures by name."""
+    figures = {
+        "gemm_gflops": work["gemm"] / timings["gemm"].best / 1e9,
+        "read_gbytes_s": work["read"] / timings["read"].best / 1e9,
+    }
+    print(f"\n{torch.get_num_threads()} threads; best of all rounds (median in brackets)\n")
+    print(f"bf16 GEMM rate   {figures['gemm_gflops']:7.0f} GFLOP/s")
+    print(f"read bandwidth   {figures['read_gbytes_s']:7.1f} GB/s\n")
+    print("| step | measured | limit | limit / measured | per round |")
+    print("| --- | --- | --- | --- | --- |")
+    cases = (
+        ("prefill 512", "gemm", prefill_flops(PREFILL_LEN)),
+        ("decode 1", "read", float(decode_bytes(1))),
+        ("decode 8", "read", float(decode_bytes(8))),
+    )
+    for name, limit, needed in cases:
+        share = needed / work[limit]  # calls of the limit that do the same work
+        for timing in (timings[name], timings[f"{name} invariant"]):
+            floor = share * timings[limit].best
+            rounds = zip(timings[limit].seconds, timing.seconds, strict=True)
+            per_round = statistics.median(share * low / high for low, high in rounds)
+            figures[timing.name] = floor / timing.best
+            print(
+                f"| {timing.name} | {timing.best * 1e3:.1f} ms ({timing.median * 1e3:.1f}) "
+                f"| {floor * 1e3:.1f} ms | {floor / timing.best:.2f} | {per_round:.2f} |"
+            )
+    print()
+    for name in ("prefill 512", "decode 1", "decode 8"):
+        rounds = zip(timings[f"{name} invariant"].seconds, timings[name].seconds, strict=True)
+        cost = statistics.median(high / low - 1 for high, low in rounds)
+        figures[f"{name} invariance cost"] = cost
+        print(f"batch invariance costs {cost:+.1%} in {name}")
+    for name in ("sampling greedy", "sampling top_p"):
+        share = timings[name].best / timings["decode 8"].best
+        figures[f"{name} share"] = share
+        print(f"{name}: {timings[name].best * 1e3:.2f} ms, {share:.1%} of a decode step at batch 8")
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=None, help="all cores if absent")
+    parser.add_argument("--json", type=Path, default=None, help="write the figures here")
+    args = parser.parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    figures = report(*measure(args.rounds))
+    if args.json is not None:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
