@@ -1,6 +1,5 @@
 """The KV exchange of a worker process: pool memory, transports, and the fetches both ways."""
 
-import logging
 from collections.abc import Sequence
 
 import grpc
@@ -8,13 +7,11 @@ import grpc
 from baton.kvtransfer.base import Transport
 from baton.kvtransfer.calls import FetchCalls
 from baton.kvtransfer.exporter import Exporter
-from baton.kvtransfer.grpc_stream import GrpcTransport
 from baton.kvtransfer.memory import KVMemory
+from baton.kvtransfer.negotiate import make_transports
 from baton.rpc import ClusterToken
 from baton.types import TransportAddress
 from baton.worker.exports import ExportDesk
-
-log = logging.getLogger(__name__)
 
 
 class DataPlane:
@@ -62,21 +59,4 @@ def make_data_plane(
         ValueError: a name is unknown, or none of them can be used.
     """
     calls = FetchCalls(server, token)
-    transports = [made for name in names if (made := _make_transport(name, calls, address))]
-    if not transports:
-        raise ValueError(f"none of the transports {', '.join(names)} can be used")
-    log.info("KV transports: %s", ", ".join(transport.name for transport in transports))
-    return DataPlane(memory, transports, calls)
-
-
-def _make_transport(name: str, calls: FetchCalls, address: str) -> Transport | None:
-    if name == "grpc":
-        return GrpcTransport(calls, address)
-    if name == "ucx":
-        try:
-            from baton.kvtransfer.ucx import UcxTransport
-        except ImportError:
-            log.info("no UCX here: install baton[ucx] for it")
-            return None
-        return UcxTransport(calls, address)
-    raise ValueError(f"unknown transport {name!r}; there are ucx and grpc")
+    return DataPlane(memory, make_transports(names, calls, address), calls)

@@ -11,6 +11,7 @@ from baton.errors import BatonError, Cause
 from baton.kvtransfer.base import Transport
 from baton.kvtransfer.importer import INITIAL_RATE_BYTES_S, Importer
 from baton.kvtransfer.memory import KVMemory
+from baton.kvtransfer.negotiate import choose
 from baton.latency import LinkModel
 from baton.types import LegId, TokenChunk, TransferStats, TransportAddress
 from baton.worker.effects import FetchKV
@@ -51,13 +52,16 @@ class FetchDesk:
         events: FetchEvents,
         memory: KVMemory,
         transports: Sequence[Transport],
+        host_id: str,
     ) -> None:
         """
         Args:
             transports: in our order of preference.
+            host_id: of this worker.
         """
         self._events = events
         self._memory = memory
+        self._host_id = host_id
         self._transports = {transport.name: transport for transport in transports}
         self._tasks: dict[LegId, asyncio.Task[TransferStats]] = {}
         self._links: dict[TransportAddress, _Link] = {}
@@ -94,20 +98,11 @@ class FetchDesk:
             BatonError: UNSUPPORTED; there is no common one.
         """
         now_s = time.monotonic()
-        common = [
-            (transport, address, self._links.setdefault(address, _Link()))
-            for transport in self._transports.values()
-            for address in order.transports
-            if address.name == transport.name
-        ]
-        if not common:
-            offered = ", ".join(address.name for address in order.transports) or "none"
-            raise BatonError(
-                Cause.UNSUPPORTED,
-                f"no common transport: the producer offers {offered}, "
-                f"this worker uses {', '.join(self._transports)}",
-            )
-        return min(common, key=lambda found: found[2].avoid_until_s > now_s)
+        avoid = {where for where, link in self._links.items() if link.avoid_until_s > now_s}
+        is_same_host = order.host_id == self._host_id
+        address = choose(tuple(self._transports), order.transports, is_same_host, avoid)
+        link = self._links.setdefault(address, _Link())
+        return self._transports[address.name], address, link
 
     def _ended(self, leg: LegId) -> None:
         del self._tasks[leg]

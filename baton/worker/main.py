@@ -7,6 +7,7 @@ with status 1, so that whoever supervises it starts another.
 """
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ from baton.build import runner_config
 from baton.config import WorkerConfig
 from baton.engine.loader import load_runner
 from baton.failpoints import Failpoints
+from baton.kvtransfer.memory import keep_freed_memory
 from baton.rpc import ClusterToken, RpcServer
 from baton.worker.policy import WorkerPolicy
 from baton.worker.process import WorkerProcess
@@ -34,6 +36,7 @@ def run(config: WorkerConfig, policy: WorkerPolicy) -> int:
     if config.failpoint and not config.test_hooks:
         log.error("--failpoint is for tests and needs --test-hooks")
         return 2
+    keep_freed_memory()
     try:
         failpoints = Failpoints(config.failpoint)
         return asyncio.run(_serve(config, policy, failpoints, config.redis_url))
@@ -58,6 +61,9 @@ async def _serve(
         process = WorkerProcess(config, policy, failpoints, runner, server, port)
         stack.push_async_callback(process.close)
         failed = await process.start(token, redis_url)
+        # What is here stays: a collection that walks all of torch's modules would pause the steps.
+        gc.collect()
+        gc.freeze()
         ends: set[asyncio.Future[Any]] = {told_to_stop, failed}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if failed.done():

@@ -51,7 +51,7 @@ class Worker:
         self.engine = EngineThread(
             core, self.runtime.post_output, on_failure=self.runtime.post_failure
         )
-        self.fetches = FetchDesk(self.runtime, plane.memory, plane.transports)
+        self.fetches = FetchDesk(self.runtime, plane.memory, plane.transports, info.host_id)
         self.runtime.connect(self.engine, self.fetches)
         self._plane = plane
         self._timers: asyncio.Task[None] | None = None
