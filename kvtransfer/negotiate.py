@@ -54,33 +54,31 @@ def choose(
     is_same_host: bool,
     avoid: Collection[TransportAddress] = (),
 ) -> TransportAddress:
-    """The producer's address for a fetch: the first of `own` that it offers and that can be
-    reached.
+    """The producer's address for a fetch: the first of `own` that it offers.
 
     Args:
         own: names of the consumer's transports, in its order of preference.
         offered: the producer's, from its registration.
-        is_same_host: do both share memory (equal host ids)? A loopback address is of no use
-            otherwise.
-        avoid: addresses that failed a moment ago; taken only if there is nothing else.
+        is_same_host: are the host ids equal? If not, a loopback address is a last resort: it is
+            right only where hosts that share no memory share a network.
+        avoid: addresses that failed a moment ago; taken if there is nothing better.
 
     Raises:
         BatonError: UNSUPPORTED; they have none in common.
     """
-    common = [
-        address
-        for name in own
-        for address in offered
-        if address.name == name
-        and (is_same_host or not is_loopback(address.address.rpartition(":")[0]))
-    ]
+
+    def doubt(address: TransportAddress) -> tuple[bool, bool]:
+        host = address.address.rpartition(":")[0]
+        return not is_same_host and is_loopback(host), address in avoid
+
+    common = [address for name in own for address in offered if address.name == name]
     if not common:
         raise BatonError(
             Cause.UNSUPPORTED,
             f"no common transport: the producer offers {_names(offered)}, "
             f"this worker has {', '.join(own) or 'none'}",
         )
-    chosen = min(common, key=lambda address: address in avoid)
+    chosen = min(common, key=doubt)
     logger.debug("KV over %s from %s (offered: %s)", *_pair(chosen), _names(offered))
     return chosen
 

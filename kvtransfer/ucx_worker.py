@@ -42,7 +42,7 @@ _TUNING = {
 _SHARED_MEMORY = frozenset(
     ("posix", "sysv", "cma", "xpmem", "knem", "shm", "sm", "mm", "self", "loopback")
 )
-_ROUNDS_PER_TURN = 64  # of progress, before other work of the loop has its turn
+_ROUNDS_PER_TURN = 8  # of progress, before other work of the loop has its turn
 _DISCARD_S = 5.0  # how long the late messages of a fetch that was given up are thrown away
 
 
