@@ -19,11 +19,10 @@ from typing import Any, Self, TypedDict, Unpack
 import torch
 from tqdm import tqdm
 
+from baton.build import engine_config, runner_config
 from baton.config import EngineSettings, ModelSettings
-from baton.engine.config import EngineConfig
 from baton.engine.core import EngineCore
 from baton.engine.loader import load_runner
-from baton.engine.runner_config import RunnerConfig
 from baton.errors import InvalidRequest
 from baton.offline import OfflineEngine
 from baton.outputs import RequestOutput
@@ -79,20 +78,8 @@ class LLM:
         self._tokenizer = Tokenizer.from_pretrained(
             settings.tokenizer_source, revision=settings.revision
         )
-        self._runner = load_runner(_runner_config(settings))
-        info = self._runner.info
-        config = EngineConfig(
-            num_blocks=self._runner.kv_cache.num_blocks,
-            block_size=settings.block_size,
-            max_model_len=info.max_model_len,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=max(settings.max_num_batched_tokens, settings.max_num_seqs),
-            enable_prefix_caching=settings.enable_prefix_caching,
-            eos_token_ids=info.eos_token_ids,
-            vocab_size=info.vocab_size,
-            num_layers=info.num_layers,
-            fingerprint=info.fingerprint,
-        )
+        self._runner = load_runner(runner_config(settings, settings))
+        config = engine_config(settings, self._runner)
         self._engine = OfflineEngine(EngineCore(config, self._runner), self._tokenizer)
         self._seeds = random.Random(settings.seed)
         self._request_ids = itertools.count()
@@ -268,21 +255,3 @@ def _token_ids(ids: object) -> tuple[int, ...]:
             "prompt",
         )
     return tuple(ids)
-
-
-def _runner_config(settings: _Settings) -> RunnerConfig:
-    return RunnerConfig(
-        model=settings.model_source,
-        revision=settings.revision,
-        load_format=settings.load_format,
-        dtype=settings.dtype,
-        device=settings.device,
-        block_size=settings.block_size,
-        max_model_len=settings.max_model_len,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        max_num_seqs=settings.max_num_seqs,
-        kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        batch_invariant=settings.batch_invariant,
-        seed=settings.seed,
-    )
