@@ -37,7 +37,7 @@ def make_attention(
 ) -> AttentionBackend:
     if cache.tensor.device.type == "cpu":
         return CpuBackend(config, cache, invariance)
-    return CudaBackend(config, cache)
+    return KernelBackend(config, cache)
 
 
 class CpuBackend:
@@ -62,9 +62,9 @@ class CpuBackend:
         return attend
 
 
-class CudaBackend:
-    """Rows with one query go through the decode kernel, the others through the prefill kernel; the
-    runner puts the former first."""
+class KernelBackend:
+    """For CUDA. Rows with one query go through the decode kernel, the others through the prefill
+    kernel; the runner puts the former first."""
 
     def __init__(self, config: ModelConfig, cache: KVCache) -> None:
         self._cache = cache
