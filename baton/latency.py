@@ -30,7 +30,7 @@ class LatencyPrior:
     formula)."""
 
     coefficients: tuple[float, ...] = (2.0, 0.05, 1e-6, 0.2, 2e-4)
-    strength: float = 5e-4  # of the pull towards these, against one observation's 1
+    strength: float = 1e-6  # of the pull towards these, against one observation's 1
     chunk_tokens: int = 512  # prefill tokens per step until more have been seen in one
 
 

@@ -1,6 +1,6 @@
 """What has gone wrong for one request so far, and how much more of it is borne."""
 
-from baton.errors import Cause
+from baton.errors import Cause, Fault
 from baton.gateway.legs import MachineConfig
 from baton.gateway.router import Refusal
 
@@ -29,11 +29,16 @@ class Patience:
 
     def failed(self, worker_id: str, cause: Cause, now_ms: float) -> bool:
         """A leg failed there. True when another try is worth it."""
-        self._num_failures += 1
         self.avoid(worker_id, now_ms, self._config.retry_delay_ms)
-        # The request's deadline is ours to watch; that of a worker is about the leg alone.
-        may_pass = cause.retryable or cause is Cause.DEADLINE_EXCEEDED
-        return may_pass and self._num_failures <= self._config.max_failures
+        if cause is Cause.DEADLINE_EXCEEDED:
+            return True  # of the leg alone; the request's own deadline is watched elsewhere
+        if cause.info.fault is Fault.CAPACITY:
+            # Full or draining is no failure, but waiting has its limit however often it is said.
+            if self._waiting_since_ms is None:
+                self._waiting_since_ms = now_ms
+            return now_ms < self._waiting_since_ms + self._config.queue_timeout_ms
+        self._num_failures += 1
+        return cause.retryable and self._num_failures <= self._config.max_failures
 
     def lost(self, incarnation: bytes) -> None:
         self._deaths.add(incarnation)

@@ -75,7 +75,8 @@ class Worker:
         return snapshot.step_age_ms > max(STUCK_MS, 5 * predicted)
 
     def view(self) -> WorkerView:
-        state = WorkerState.DRAINING if self.snapshot.draining and self.accepts else self.state
+        is_draining = self.snapshot.draining and self.state is WorkerState.UP
+        state = WorkerState.DRAINING if is_draining else self.state
         return WorkerView(
             worker_id=self.worker_id,
             role=self.role,

@@ -1,4 +1,4 @@
-"""A worker behind a real gRPC server that plays by the book, without an engine: token i is i + 10."""
+"""A worker behind a real gRPC server that plays by the book without engine: token i is i + 10."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -44,7 +44,7 @@ def token(index: int) -> int:
 
 
 class ScriptedWorker(worker_pb2_grpc.WorkerServicer, kv_pb2_grpc.KVServicer):
-    """`hold`: legs begin, but bring tokens only once it is set. `is_silent`: says nothing at all."""
+    """`hold`: legs begin, but bring tokens only once it is set. `is_silent`: it says nothing."""
 
     def __init__(self, worker_id: str, role: Role) -> None:
         self.info: WorkerInfo = worker_info(worker_id, role)

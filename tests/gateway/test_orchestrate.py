@@ -28,7 +28,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 class Fleet:
     def __init__(self) -> None:
-        config = GatewayConfig(redis_url="unix:///nonexistent/redis.sock")
+        config = GatewayConfig.model_validate({"redis_url": "unix:///nonexistent/redis.sock"})
         self.orchestrator = Orchestrator(config, FAST)
         self.workers: dict[str, ScriptedWorker] = {}
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import pytest
 
@@ -47,6 +48,10 @@ P1, P2 = worker_info("p1", Role.PREFILL), worker_info("p2", Role.PREFILL)
 D1, D2 = worker_info("d1", Role.DECODE), worker_info("d2", Role.DECODE)
 
 
+Order = Submit | Bind | Rebind | ComputeLocally | Abort | Release  # what a machine sends
+T = TypeVar("T", bound=Order)
+
+
 class NoHits:
     def longest_prefix(self, hashes: Sequence[BlockHash]) -> dict[str, int]:
         return {}
@@ -57,20 +62,24 @@ class Gateway:
 
     def __init__(self, *infos: WorkerInfo) -> None:
         self.now = 0.0
-        self.sent: list[tuple[str, GatewayMessage]] = []
+        self.sent: list[tuple[str, Order]] = []
         self.tokens: dict[int, list[int]] = {}
         self.ended: Ended | None = None
         self.dropped: list[str] = []
         self.dispatcher = Dispatcher(
             NoHits(),
             DispatchConfig(),
-            send=lambda worker_id, message: self.sent.append((worker_id, message)),
+            send=self._send,
             deliver=self._deliver,
             drop=self.dropped.append,
         )
         self.infos = {info.worker_id: info for info in infos}
         for info in infos:
             self.dispatcher.worker_joined(info, 0)
+
+    def _send(self, worker_id: str, message: GatewayMessage) -> None:
+        assert isinstance(message, Order)
+        self.sent.append((worker_id, message))
 
     def _deliver(self, request_id: str, effect: Emit | Ended) -> None:
         assert self.ended is None, "nothing follows the end"
@@ -84,11 +93,11 @@ class Gateway:
     def open(self, what: Request | None = None) -> RequestMachine:
         return self.dispatcher.open(what or request(), self.now)
 
-    def take(self) -> list[tuple[str, GatewayMessage]]:
+    def take(self) -> list[tuple[str, Order]]:
         sent, self.sent = self.sent, []
         return sent
 
-    def take_one(self, kind: type[GatewayMessage]) -> tuple[str, GatewayMessage]:
+    def take_one(self, kind: type[T]) -> tuple[str, T]:
         ((worker_id, message),) = self.take()
         assert isinstance(message, kind), message
         return worker_id, message
@@ -154,7 +163,6 @@ def test_the_eight_steps() -> None:
     gateway.say(p, TokenChunk(submit.leg, 0, 0, (5,)))
     assert gateway.tokens == {0: [5]}, "the first token comes from P"
     d, bind = gateway.take_one(Bind)
-    assert isinstance(bind, Bind)
     assert d == "d1"
     assert bind.ticket == ticket(P1)
     assert bind.request.output_token_ids == ((5,),)
@@ -181,7 +189,6 @@ def test_binds_when_the_forecast_says_so() -> None:
     assert gateway.take() == []
     gateway.wait(9)
     d, bind = gateway.take_one(Bind)
-    assert isinstance(bind, Bind)
     assert d == "d1"
     assert bind.request.output_token_ids == ()
 
@@ -232,7 +239,6 @@ def test_unfinished_choices_alone_are_bound() -> None:
     assert gateway.take() == [], "the other first token is still to come"
     gateway.say(p, TokenChunk(leg, 1, 0, (7,)))
     _, bind = gateway.take_one(Bind)
-    assert isinstance(bind, Bind)
     assert bind.request.finished_choices == {0}
     assert bind.request.output_token_ids == ((2,), (7,))
 
@@ -308,7 +314,6 @@ def test_d_lost_binds_another_with_the_same_ticket() -> None:
     _, _, d, _ = gateway.decoding()
     gateway.lose(d)
     other, bind = gateway.take_one(Bind)
-    assert isinstance(bind, Bind)
     assert other != d
     assert bind.ticket == ticket(P1)
     assert bind.request.output_token_ids == ((5, 6, 7),)
@@ -486,6 +491,20 @@ def test_failures_are_retried_elsewhere_and_counted() -> None:
     assert gateway.ended == Ended(Cause.STEP_FAILED, "boom")
 
 
+def test_a_full_worker_is_no_failure_but_waiting_has_its_limit() -> None:
+    gateway = Gateway(P1, D1)
+    gateway.open()
+    for _ in range(1000):
+        for worker_id, message in gateway.take():
+            gateway.say(worker_id, Failed(message.leg, Cause.OVERLOADED, "full"))
+        if gateway.ended is not None:
+            break
+        gateway.wait(250)
+    assert gateway.ended is not None
+    assert gateway.ended.cause in {Cause.OVERLOADED, Cause.NO_ROOM}
+    assert gateway.now == pytest.approx(60_000, abs=1000)
+
+
 def test_a_fault_of_the_request_is_not_retried() -> None:
     gateway = Gateway(P1, P2, D1)
     p, leg = gateway.submitted()
@@ -543,7 +562,6 @@ def test_waits_for_a_worker_once_something_was_computed() -> None:
     gateway.infos["w"] = worker_info("w", incarnation=2)
     gateway.back("w")
     _, again = gateway.take_one(ComputeLocally)
-    assert isinstance(again, ComputeLocally)
     assert again.request.output_token_ids == ((5,),)
 
 

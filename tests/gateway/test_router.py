@@ -1,6 +1,7 @@
 """Routing as tables: a fleet, a need, and who must be chosen."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -191,7 +192,7 @@ def test_aggregated_worker_computes_alone() -> None:
     assert (decision.remote, decision.worker_id) == (False, "w1")
 
 
-INCOMPATIBLE = {
+INCOMPATIBLE: dict[str, dict[str, Any]] = {
     "fingerprint": {"fingerprint": b"other"},
     "layout": {"kv_layout": layout(num_layers=3)},
     "dtype": {"kv_layout": layout(dtype="bfloat16")},
