@@ -3,6 +3,7 @@ error that a client could have been spared, no leak, no hang.
 """
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -106,8 +107,6 @@ def test_all_decode_workers_gone_prefill_workers_decode(fleet, oracle) -> None:
 def test_everything_gone_is_503_with_retry_after_at_once(fleet) -> None:
     for name in ("prefill-0", "prefill-1", "decode-0", "decode-1"):
         fleet.kill(name)
-    import time
-
     deadline = time.monotonic() + 10
     status = 200
     while status == 200 and time.monotonic() < deadline:
