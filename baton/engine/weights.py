@@ -64,6 +64,9 @@ class SafetensorsWeights:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is None:
+            self._bar.total = self._num_bytes  # headers, and tensors that nobody took, are none
+            self._bar.refresh()
         self._bar.close()
         if error is None:
             seconds = time.monotonic() - self._started
