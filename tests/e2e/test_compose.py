@@ -28,7 +28,7 @@ class Compose:
             "BATON_PORT": str(port),
             "BATON_THREADS": "1",
             "BATON_KV_CACHE_MEMORY_BYTES": "64MiB",
-            "DOCKER_BUILDKIT": "0",
+            "DOCKER_BUILDKIT": "0",  # needs no buildx
         }
 
     def run(self, *args: str, timeout_s: float = 300) -> str:
@@ -78,7 +78,7 @@ def compose() -> Iterator[Compose]:
         pytest.skip("no Docker Engine")
     running = Compose(18080)
     try:
-        running.run("build", timeout_s=1200)
+        running.run("build", "gateway", timeout_s=1200)
         running.scale(1, 1)
         yield running
     finally:
