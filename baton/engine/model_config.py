@@ -185,7 +185,7 @@ def _windows(config: Mapping[str, Any], family: Family, num_layers: int) -> tupl
 
 def _rope(config: Mapping[str, Any]) -> RopeConfig:
     scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    rope_type = str(scaling.get("rope_type", scaling.get("type", "default")))
     _require(rope_type in {"default", "linear", "llama3"}, "rope_type", rope_type)
     _require(float(config.get("partial_rotary_factor", 1.0)) == 1.0, "partial_rotary_factor", "")
     theta = float(scaling.get("rope_theta", config.get("rope_theta", 10000.0)))

@@ -100,7 +100,8 @@ def paged_prefill_torch(
         blocks = block_table[row, : -(-context_len // block_size)].long()
         keys, values = kv_cache[:, blocks].flatten(1, 2)[:, :context_len].float()
         # [num_kv_heads, group, queries, head_dim]
-        queries = q[first:last].float().unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
+        grouped = q[first:last].reshape(last - first, num_kv_heads, -1, q.shape[2])
+        queries = grouped.permute(1, 2, 0, 3).float()
         scores = torch.einsum("hgqd,khd->hgqk", queries, keys) * scale
         positions = torch.arange(context_len - (last - first), context_len, device=q.device)
         columns = torch.arange(context_len, device=q.device)

@@ -82,7 +82,8 @@ def _linear_binary(
 @lru_cache(maxsize=1024)
 def _can_pack(out_features: int, in_features: int, dtype: torch.dtype) -> bool:
     """Whether this build and processor compute this shape packed, and correctly."""
-    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+    has_mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if dtype not in (torch.float32, torch.bfloat16) or not has_mkldnn:
         return False
     mkldnn = torch.ops.mkldnn
     if not hasattr(mkldnn, "_reorder_linear_weight") or not hasattr(mkldnn, "_linear_pointwise"):
