@@ -150,7 +150,8 @@ async def _announce(fleet: Fleet) -> None:
     cluster: dict[str, Any] = {}
     while not _is_complete(fleet, cluster):
         await asyncio.sleep(POLL_S)
-        cluster = await asyncio.to_thread(fleet.get, "/v1/cluster") or {}
+        answer = await asyncio.to_thread(fleet.get, "/v1/cluster")
+        cluster = answer or {}
     models = await asyncio.to_thread(fleet.get, "/v1/models")
     print(render_table(fleet, cluster), flush=True)
     print(render_curl(fleet, models or {}), flush=True)
