@@ -54,6 +54,7 @@ def make_data_plane(
     """
     Args:
         names: of transports, in order of preference; those that this machine lacks are left out.
+        address: host:port at which others reach `server`.
 
     Raises:
         ValueError: a name is unknown, or none of them can be used.

@@ -165,7 +165,9 @@ async def start_worker(
         eos_token_ids=core.config.eos_token_ids,
     )
     recorder = Recorder()
-    worker = Worker(info, policy or WorkerPolicy(), core, plane, (recorder,))
+    # The client's heart does not beat.
+    policy = replace(policy or WorkerPolicy(), session_timeout_ms=10**9)
+    worker = Worker(info, policy, core, plane, (recorder,))
     worker.start()
     return LocalWorker(name, worker, recorder)
 
