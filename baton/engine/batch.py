@@ -48,7 +48,7 @@ class ScheduledRow:
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One step. `copies` (source block, target block) are done before anything is computed (copy on
-    write); targets are distinct and no target is a source."""
+    write): every source is read before any target is written. Targets are distinct."""
 
     rows: tuple[ScheduledRow, ...]
     copies: tuple[tuple[BlockId, BlockId], ...] = ()

@@ -92,8 +92,6 @@ class EngineCore:
             log.exception("engine step failed with %d rows", len(step.rows))
             self._outcome.fail(step, f"the engine step raised {type(error).__name__}")
             return None
-        finally:
-            self._scheduler.finish_copies(step)
         return sampled
 
     def _output(self, timing: StepTiming | None) -> StepOutput | None:

@@ -71,7 +71,8 @@ class KVCache:
         return self.tensor.numel() * self.tensor.element_size()
 
     def copy_blocks(self, copies: tuple[tuple[int, int], ...]) -> None:
-        """Copy whole blocks (source, target) in all layers; targets are distinct and no source."""
+        """Copy whole blocks (source, target) in all layers; targets are distinct. Every source is
+        read before any target is written."""
         if copies:
             source, target = torch.tensor(copies, device=self.tensor.device).unbind(1)
             self.tensor[:, :, target] = self.tensor[:, :, source]

@@ -132,7 +132,7 @@ class Scheduler:
         start = seq.num_computed_tokens
         while not self._make_room(seq, start, start + 1, step):
             victim = self._victim()
-            self._preempt(victim, step)
+            self._preempt(victim)
             if victim is seq:
                 return
         step.add(seq, start, start + 1)
@@ -148,7 +148,7 @@ class Scheduler:
         else:
             # Only output that is recomputed can lack blocks here. Taking them from a sequence that
             # is already part of this step is not possible, and waiting while holding is not safe.
-            self._preempt(seq, step)
+            self._preempt(seq)
 
     def _computer_for(self, seq: Sequence) -> Sequence:
         """`seq`, or whoever computes the block that it waits for: that one inherits its turn."""
@@ -193,10 +193,7 @@ class Scheduler:
         if copy:
             source, seq.block_ids[first] = seq.block_ids[first], fresh.pop()
             step.copies.append((source, seq.block_ids[first]))
-            if self._pool.is_shared(source):
-                self._pool.release([source])
-            else:
-                step.kept.append(source)
+            self._pool.release([source])  # copies are done before anything is computed
         seq.block_ids += fresh
         return True
 
@@ -214,20 +211,11 @@ class Scheduler:
             return self.ready[-1]
         return running
 
-    def _preempt(self, seq: Sequence, step: Step) -> None:
+    def _preempt(self, seq: Sequence) -> None:
         self.leave(seq, SequenceStatus.PREEMPTED)
-        blocks = self.take_blocks(seq)
-        sources = {source for source, _ in step.copies}
-        kept = [block for block in blocks if block in sources]
-        self._pool.acquire(kept)  # until the copy is done
-        step.kept += kept
-        self._pool.release(blocks)
+        self._pool.release(self.take_blocks(seq))
         self.enqueue(seq)
         self._report.preempted(seq.leg.leg_id)
-
-    def finish_copies(self, step: Step) -> None:
-        """The runner is done with this step, well or not."""
-        self._pool.release(step.kept)
 
     def check_integrity(self, queued: set[int]) -> None:
         """`queued`: ids of the sequences that should be in a queue.

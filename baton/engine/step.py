@@ -15,7 +15,6 @@ class Step:
     rows: list[ScheduledRow] = field(default_factory=list)
     seqs: list[Sequence] = field(default_factory=list)
     copies: list[tuple[BlockId, BlockId]] = field(default_factory=list)
-    kept: list[BlockId] = field(default_factory=list)  # copy sources that nobody else owns
     seq_ids: set[int] = field(default_factory=set)
     num_decodes: int = 0
     context_tokens: int = 0  # of the decodes

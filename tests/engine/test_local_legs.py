@@ -244,15 +244,3 @@ def test_kv_that_was_copied_is_the_same_for_whoever_comes_first() -> None:
         for choice in {0, 1, 2} - {victim}:
             assert tuple(driver.tokens[leg, choice]) == driver.expected(r, choice)
         driver.assert_idle()
-
-
-def test_a_copy_source_whose_owner_is_preempted_is_kept_for_the_copy() -> None:
-    """Two choices share a partial block; there is one block for two: the first copies, the second
-    is preempted in the same step, and nobody gets its block before the copy is done."""
-    driver = Driver(4)
-    r = request("l", prompt(8), n=4, temperature=1.0, seed=4, max_tokens=30)
-    leg = driver.local(r)
-    driver.run()
-    driver.assert_complete(leg, r)
-    assert driver.of(LegPreempted, leg)
-    driver.assert_idle()

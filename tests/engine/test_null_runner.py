@@ -69,6 +69,14 @@ def test_copies_are_made_before_anything_is_computed() -> None:
     assert runner.export_kv(blocks(0, 3), 0, 20) == runner.model.chain(None, ids)
 
 
+def test_copies_read_before_they_write() -> None:
+    runner = NullRunner(8, 16)
+    runner.import_kv(blocks(0), 0, range(16))
+    runner.import_kv(blocks(1), 0, range(16, 32))
+    runner.run(Batch((), ((BlockId(0), BlockId(2)), (BlockId(1), BlockId(0)))))
+    assert runner.export_kv(blocks(2, 0), 0, 32) == list(range(32))
+
+
 def test_greedy_ignores_the_seed_and_sampling_does_not() -> None:
     ids = prompt(20)
     greedy = {NullModel().generate(ids, SamplingParams(temperature=0, seed=s)) for s in range(4)}

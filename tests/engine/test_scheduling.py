@@ -164,7 +164,22 @@ def test_admission_after_a_preemption_happens_once() -> None:
     assert len(driver.of(LegAdmitted)) == 2
 
 
-def test_a_ticketed_leg_is_never_preempted() -> None:
+def test_a_leg_with_a_ticket_is_not_preempted_while_it_is_computed() -> None:
+    """The one that decodes gives way, though it came first."""
+    driver = Driver(9, max_num_seqs=4, max_num_batched_tokens=4)
+    r = request("first", prompt(14, 1), max_tokens=40)
+    driver.local(r)
+    driver.run_until_decoding()
+    ticketed = driver.prefill(request("ticketed", prompt(100, 2)))
+    driver.run()
+    assert [event.leg for event in driver.of(LegPreempted)] == [leg_id("first")]
+    assert driver.kv_of(ticketed) == driver.model.chain(None, prompt(100, 2))
+    driver.release(ticketed)
+    driver.run()
+    driver.assert_complete(leg_id("first"), r)
+
+
+def test_a_held_leg_is_never_preempted() -> None:
     driver = Driver(6)
     held = driver.prefill(request("held", prompt(48, 9)))
     driver.run()
