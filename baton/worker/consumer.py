@@ -5,7 +5,7 @@ Bind ─► AddDecode ─► KVReserved: Bound, fetch ─► Imported ─► tok
 ComputeLocally ─► AddLocal ─► tokens … ─► every choice finished
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from baton.engine import commands
@@ -76,6 +76,9 @@ class ConsumerSide:
 
     def __len__(self) -> int:
         return len(self._legs)
+
+    def __iter__(self) -> Iterator[LegId]:
+        return iter(self._legs)
 
     def __contains__(self, leg: LegId) -> bool:
         return leg in self._legs

@@ -101,7 +101,10 @@ class FetchDesk:
         avoid = {where for where, link in self._links.items() if link.avoid_until_s > now_s}
         is_same_host = order.host_id == self._host_id
         address = choose(tuple(self._transports), order.transports, is_same_host, avoid)
-        link = self._links.setdefault(address, _Link())
+        link = self._links.get(address)
+        if link is None:
+            link = self._links[address] = _Link()
+            log.info("KV from %s comes over %s", order.fetch.ticket.address, address.name)
         return self._transports[address.name], address, link
 
     def _ended(self, leg: LegId) -> None:

@@ -348,8 +348,6 @@ class WorkerMachine:
         """Asserts every invariant; for tests and idle workers."""
         self.producer.check_integrity()
         self.consumer.check_integrity()
-        for session in self._sessions:
-            legs = (*self.producer.legs_of(session), *self.consumer.legs_of(session))
-            assert len(set(legs)) == len(legs)
-        for side in (self.producer, self.consumer):
-            assert sum(len(side.legs_of(s)) for s in self._sessions) == len(side)
+        legs = [*self.producer, *self.consumer]
+        assert len(set(legs)) == len(legs), "a leg is on both sides"
+        assert all(self._owner(leg) in self._sessions for leg in legs), "a leg is nobody's"

@@ -4,7 +4,7 @@ Submit ─► AddPrefill ─► LegAdmitted: a lease and its ticket ─► … �
 the lease lives on until Release, Abort, a lost session, expiry or eviction
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from baton.engine import commands
@@ -83,6 +83,9 @@ class ProducerSide:
 
     def __len__(self) -> int:
         return len(self._legs)
+
+    def __iter__(self) -> Iterator[LegId]:
+        return iter(self._legs)
 
     def __contains__(self, leg: LegId) -> bool:
         return leg in self._legs
