@@ -3,7 +3,7 @@ them."""
 
 from dataclasses import dataclass, field, replace
 
-from baton.types import LegId, TokenChunk
+from baton.types import LegId, Request, TokenChunk
 
 
 @dataclass(slots=True)
@@ -90,3 +90,13 @@ class OutputLog:
 
     def length(self, choice: int) -> int:
         return len(self._choices[choice].token_ids)
+
+
+def resumed(request: Request, output: OutputLog, left_ms: float) -> Request:
+    """The request as of now, for whoever goes on with it. `left_ms`: until its deadline."""
+    return replace(
+        request,
+        output_token_ids=output.token_ids if output.any_committed else (),
+        finished_choices=output.finished_choices,
+        deadline_ms=None if request.deadline_ms is None else max(int(left_ms), 1),
+    )

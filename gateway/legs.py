@@ -5,9 +5,10 @@ from enum import Enum
 from typing import Protocol
 
 from baton.errors import Cause
+from baton.gateway.commit import OutputLog
 from baton.gateway.router import DecodeDecision, Need, Refusal, RouteDecision
 from baton.messages import GatewayMessage, KvFailed
-from baton.types import KVTicket, LegId, TokenChunk, WorkerInfo
+from baton.types import KVTicket, LegId, Request, TokenChunk, WorkerInfo
 
 # Faults of the way, not of what was sent over it: the same ticket is worth a second fetch.
 TRANSPORT_FAULTS = frozenset(
@@ -114,3 +115,20 @@ class DecodeLeg:
     num_bytes: int = 0  # to transfer
     num_rebinds: int = 0
     failed: KvFailed | None = None  # D waits for a decision
+
+
+def need_of(
+    request: Request, output: OutputLog, fingerprint: bytes | None, avoid: frozenset[str]
+) -> Need:
+    """What a request with an open choice still needs; the planner fills in the prefix hits."""
+    lengths = [output.length(choice) for choice in output.open_choices]
+    prompt_len, max_tokens = len(request.prompt_token_ids), request.sampling.max_tokens or 0
+    return Need(
+        prompt_len=prompt_len,
+        num_choices=len(lengths),
+        num_output_tokens=max(lengths),
+        max_new_tokens=max(max_tokens - min(lengths), 1),
+        total_len=prompt_len + max_tokens,
+        fingerprint=fingerprint,
+        avoid=avoid,
+    )

@@ -32,11 +32,10 @@ session reports or is lost, or a timer runs, or the dispatcher wakes the request
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from baton.errors import Cause
 from baton.gateway.backend import RequestReport
-from baton.gateway.commit import OutputLog
+from baton.gateway.commit import OutputLog, resumed
 from baton.gateway.legs import (
     TRANSPORT_FAULTS,
     DecodeLeg,
@@ -49,6 +48,7 @@ from baton.gateway.legs import (
     PrefillLeg,
     Send,
     TransferStarted,
+    need_of,
 )
 from baton.gateway.patience import Patience
 from baton.gateway.router import Need, Refusal, RouteDecision
@@ -428,24 +428,9 @@ class RequestMachine:
         return LegId(self._request.request_id, self._timeline.next_attempt())
 
     def _need(self, now_ms: float) -> Need:
-        lengths = [self._output.length(choice) for choice in self._output.open_choices]
-        max_tokens = self._request.sampling.max_tokens or 0
-        return Need(
-            prompt_len=len(self._request.prompt_token_ids),
-            num_choices=len(lengths),
-            num_output_tokens=max(lengths),
-            max_new_tokens=max(max_tokens - min(lengths), 1),
-            total_len=len(self._request.prompt_token_ids) + max_tokens,
-            fingerprint=self._fingerprint,
-            avoid=self._patience.avoided(now_ms),
-        )
+        avoid = self._patience.avoided(now_ms)
+        return need_of(self._request, self._output, self._fingerprint, avoid)
 
     def _request_now(self, now_ms: float) -> Request:
         """The request as the next worker must know it: with everything committed so far."""
-        deadline = self._request.deadline_ms
-        return replace(
-            self._request,
-            output_token_ids=self._output.token_ids if self._output.any_committed else (),
-            finished_choices=self._output.finished_choices,
-            deadline_ms=None if deadline is None else max(int(self.deadline_ms - now_ms), 1),
-        )
+        return resumed(self._request, self._output, self.deadline_ms - now_ms)
