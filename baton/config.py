@@ -131,7 +131,8 @@ class WorkerSettings(_Section):
     worker_host: str = Field("127.0.0.1", description="Address the worker listens on.")
     worker_port: int = Field(0, ge=0, le=65535, description="gRPC port; 0 = any free one.")
     advertise_host: str | None = Field(
-        None, description="Address others reach this worker at; --worker-host if absent."
+        None,
+        description="Address others reach this worker at; --worker-host, or this host's own, if absent.",
     )
     metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port; 0 = any free one.")
     transports: StrList = Field(

@@ -46,6 +46,15 @@ def _default_worker_id(role: Role, address: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "-", name)[:64]
 
 
+def advertised_host(config: WorkerConfig) -> str:
+    """Where others reach this worker; listening everywhere, the address this host's name has."""
+    if config.advertise_host is not None:
+        return config.advertise_host
+    if config.worker_host not in ("0.0.0.0", "::"):
+        return config.worker_host
+    return socket.gethostbyname(socket.gethostname())
+
+
 def host_id() -> str:
     """Equal in processes that can share memory: same boot, same IPC namespace."""
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

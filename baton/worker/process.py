@@ -13,7 +13,7 @@ from baton.kvtransfer.memory import KVMemory
 from baton.rpc import ClusterToken, RpcServer
 from baton.worker.data_plane import DataPlane, make_data_plane
 from baton.worker.engine import FailingRunner, StepWatch
-from baton.worker.identity import describe_worker
+from baton.worker.identity import advertised_host, describe_worker
 from baton.worker.metrics import MetricsServer
 from baton.worker.policy import WorkerPolicy
 from baton.worker.registration import Registration
@@ -46,7 +46,7 @@ class WorkerProcess:
         self._failpoints = failpoints
         self._runner = runner
         self._server = server
-        self._address = f"{config.advertise_host or config.worker_host}:{port}"
+        self._address = f"{advertised_host(config)}:{port}"
         self._metrics = MetricsServer(config.worker_host, config.metrics_port)
         self._plane: DataPlane | None = None
         self._worker: Worker | None = None
