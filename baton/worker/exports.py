@@ -5,6 +5,8 @@ import asyncio
 from dataclasses import dataclass
 from typing import Protocol
 
+from google.protobuf.message import DecodeError
+
 from baton import wire
 from baton.errors import BatonError, Cause
 from baton.kvtransfer.base import FetchOpen
@@ -80,13 +82,11 @@ class ExportDesk:
         try:
             return await answer
         except asyncio.CancelledError:
-            if answer.cancelled():
+            if self._asked.pop(key, None) is not None:
                 self._events.cancel_attach(key)
-            elif answer.exception() is None:  # granted, but nobody is there any more
-                self.closed(answer.result().epoch)
+            elif not answer.cancelled() and answer.exception() is None:
+                self.closed(answer.result().epoch)  # granted, but nobody is there any more
             raise
-        finally:
-            self._asked.pop(key, None)
 
     def progress(self, epoch: int, num_sent_tokens: int) -> None:
         self._events.attachment_progress(epoch, num_sent_tokens)
@@ -142,7 +142,7 @@ def parse_end_payload(payload: bytes, tokens_digest: bytes) -> list[TokenChunk]:
     """
     try:
         end = kv_pb2.EndOfKV.FromString(payload)
-    except ValueError as error:  # protobuf's DecodeError
+    except DecodeError as error:
         raise wire.refuse("end of KV") from error
     if end.tokens_digest != tokens_digest:
         raise BatonError(Cause.TOKENS_MISMATCH, "the end frame is of another prompt")
