@@ -132,7 +132,7 @@ class WorkerSettings(_Section):
     worker_port: int = Field(0, ge=0, le=65535, description="gRPC port; 0 = any free one.")
     advertise_host: str | None = Field(
         None,
-        description="Address others reach this worker at; --worker-host, or this host's own, if absent.",
+        description="Address others reach it at; --worker-host, or this host's own, if absent.",
     )
     metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port; 0 = any free one.")
     transports: StrList = Field(

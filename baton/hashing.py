@@ -46,6 +46,6 @@ def tokens_digest(token_ids: Sequence[int]) -> bytes:
 
 
 def join_salt(tenant: bytes, cache_salt: bytes, adapter: bytes = b"") -> bytes:
-    """Tenant ‖ cache_salt ‖ adapter, each with its length as u32le, so that no two tuples collide."""
+    """Tenant ‖ cache_salt ‖ adapter, each with its length as u32le: no two tuples collide."""
     parts = (tenant, cache_salt, adapter)
     return b"".join(struct.pack("<I", len(part)) + part for part in parts)

@@ -131,7 +131,7 @@ def decode_events(data: bytes) -> list[LocalityEvent]:
 
 
 class PrefixIndex:
-    """Which worker holds which prefix, as far as this gateway knows. A hint: workers are the truth."""
+    """Which worker holds which prefix, as far as is known here. Workers are the truth."""
 
     def __init__(self) -> None:
         self._holders: dict[BlockHash, set[str]] = {}
@@ -157,7 +157,7 @@ class PrefixIndex:
             self._forget(block_hash, worker_id)
 
     def longest_prefix(self, hashes: Sequence[BlockHash]) -> dict[str, int]:
-        """worker_id → tokens of the longest prefix it holds; workers that hold nothing are absent."""
+        """worker_id → tokens of the longest prefix it holds; who holds nothing is absent."""
         found: dict[str, int] = {}
         candidates: set[str] | None = None
         for i, block_hash in enumerate(hashes):
@@ -203,7 +203,7 @@ class WorkerRegistration:
         self._reachable = True
 
     def publish(self, stored: Sequence[BlockHash], removed: Sequence[BlockHash]) -> None:
-        """Hashes that became reusable and hashes that were evicted, in this order within one step."""
+        """Hashes that became reusable, then hashes that were evicted, in one step."""
         self._held.update(stored)
         self._held.difference_update(removed)
         self._pending += [BlocksStored(tuple(stored))] if stored else []
