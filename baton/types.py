@@ -290,7 +290,7 @@ class WorkerSnapshot:
     num_quarantined_blocks: int = 0
     queued_prefill_tokens: int = 0  # not yet computed, of waiting and running prefills
     context_tokens: int = 0  # of running decodes
-    step_age_ms: float = 0.0  # since the last step ended, while there is work
+    step_age_ms: float = 0.0  # for how long the present step has been running
     draining: bool = False
 
 

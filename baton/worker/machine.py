@@ -80,9 +80,11 @@ class WorkerMachine:
         predictor: PrefillPredictor,
         first_epoch: int | None = None,
         random_id: Callable[[], bytes] = lambda: secrets.token_bytes(16),
+        step_age_ms: Callable[[], float] = lambda: 0.0,
     ) -> None:
         """
         Args:
+            step_age_ms: for how long the engine's present step has been running.
             first_epoch, random_id: where epochs start and how transfer ids are drawn; given only
                 to make a run repeatable.
         """
@@ -99,7 +101,7 @@ class WorkerMachine:
         self._snapshot = WorkerSnapshot(
             policy.role, free_blocks=info.num_blocks, total_blocks=info.num_blocks
         )
-        self._step_at_ms: int | None = None
+        self._step_age_ms = step_age_ms
         self._ticked_at_ms = 0
         self._role = policy.role
         self._draining = False
@@ -116,17 +118,14 @@ class WorkerMachine:
         producer, consumer = self.producer, self.consumer
         return not (producer or producer.leases or consumer or consumer.reservations)
 
-    def snapshot(self, now_ms: int) -> WorkerSnapshot:
+    def snapshot(self) -> WorkerSnapshot:
         """The engine's last word, with what only the worker knows."""
-        last = self._snapshot
-        has_work = last.num_running + last.num_waiting > 0
-        age_ms = float(now_ms - self._step_at_ms) if has_work and self._step_at_ms else 0.0
         return replace(
-            last,
+            self._snapshot,
             role=self._role,
             draining=self._draining,
             num_leases=len(self.producer.leases),
-            step_age_ms=age_ms,
+            step_age_ms=self._step_age_ms(),
         )
 
     def set_role(self, role: Role) -> None:
@@ -146,7 +145,7 @@ class WorkerMachine:
             for leg in (*self.producer.legs_of(session), *self.consumer.legs_of(session)):
                 self._abort(leg)
         self._outbox.forget(session)
-        return self._flush(now_ms)
+        return self._flush()
 
     def receive(self, session: SessionId, message: GatewayMessage, now_ms: int) -> list[Effect]:
         known = self._sessions.get(session)
@@ -154,13 +153,13 @@ class WorkerMachine:
             return []
         known.silence_ms = 0
         if isinstance(message, Heartbeat):
-            beat = StepBatch((), self.snapshot(now_ms), heartbeat_seq=message.seq)
+            beat = StepBatch((), self.snapshot(), heartbeat_seq=message.seq)
             return [Send(session, beat)]
         try:
             self._handle(session, message, now_ms)
         except BatonError as error:
             return self.reject(session, message.leg, error, now_ms)
-        return self._flush(now_ms)
+        return self._flush()
 
     def reject(
         self, session: SessionId, leg: LegId, error: BatonError, now_ms: int
@@ -170,7 +169,7 @@ class WorkerMachine:
             self._abort(leg)
         if session in self._sessions:
             self._outbox.tell(session, Failed(leg, error.cause, error.message))
-        return self._flush(now_ms)
+        return self._flush()
 
     def _handle(self, session: SessionId, message: GatewayMessage, now_ms: int) -> None:
         match message:
@@ -247,15 +246,14 @@ class WorkerMachine:
 
     def step(self, output: StepOutput, now_ms: int) -> list[Effect]:
         self._snapshot = output.snapshot
-        self._step_at_ms = now_ms
         for event in output.events:
             self._on_event(event, now_ms)
-        return self._flush(now_ms, output)
+        return self._flush(output)
 
     def engine_refused(self, leg: LegId, error: BatonError, now_ms: int) -> list[Effect]:
         """The engine did not take the command that opens this leg."""
         self._on_event(LegFailed(leg, error.cause, error.message), now_ms)
-        return self._flush(now_ms)
+        return self._flush()
 
     def _on_event(self, event: LegEvent, now_ms: int) -> None:
         leg = event.chunk.leg if isinstance(event, LegTokens) else event.leg
@@ -269,7 +267,7 @@ class WorkerMachine:
     def attach(self, key: int, fetch: FetchOpen, now_ms: int) -> list[Effect]:
         """A consumer wants KV. `key` is the caller's, unique; see AttachGranted, AttachRefused."""
         self.producer.attach(key, fetch, now_ms)
-        return self._flush(now_ms)
+        return self._flush()
 
     def cancel_attach(self, key: int) -> None:
         self.producer.leases.cancel_attach(key)
@@ -282,7 +280,7 @@ class WorkerMachine:
 
     def attachment_closed(self, epoch: int, now_ms: int) -> list[Effect]:
         self.producer.attachment_closed(epoch, now_ms)
-        return self._flush(now_ms)
+        return self._flush()
 
     def fetch_progress(self, leg: LegId, now_ms: int) -> None:
         self.consumer.reservations.progress(leg, now_ms)
@@ -291,13 +289,13 @@ class WorkerMachine:
         self, leg: LegId, stats: TransferStats, first_tokens: Iterable[TokenChunk], now_ms: int
     ) -> list[Effect]:
         self.consumer.fetch_ended(leg, stats, first_tokens, now_ms)
-        return self._flush(now_ms)
+        return self._flush()
 
     def fetch_failed(
         self, leg: LegId, valid_tokens: int, cause: Cause, detail: str, now_ms: int
     ) -> list[Effect]:
         self.consumer.fetch_failed(leg, valid_tokens, cause, detail, now_ms)
-        return self._flush(now_ms)
+        return self._flush()
 
     # ── time and the end ─────────────────────────────────────────────────────────────────────────
 
@@ -308,7 +306,7 @@ class WorkerMachine:
         self.producer.tick(now_ms)
         self.consumer.tick(now_ms)
         self._forget_legs(now_ms)
-        effects = self._flush(now_ms)
+        effects = self._flush()
         elapsed_ms = min(now_ms - self._ticked_at_ms, MAX_TICK_MS)
         self._ticked_at_ms = now_ms
         for session, known in list(self._sessions.items()):
@@ -330,7 +328,7 @@ class WorkerMachine:
     def drain(self, now_ms: int) -> list[Effect]:
         """Admit nothing more; what is here goes on. Leases are served until they are released."""
         self._draining = True
-        snapshot = self.snapshot(now_ms)
+        snapshot = self.snapshot()
         return [Send(session, StepBatch((), snapshot)) for session in self._sessions]
 
     def hand_over(self, now_ms: int) -> list[Effect]:
@@ -338,10 +336,10 @@ class WorkerMachine:
         legs = [leg for s in self._sessions for leg in self.producer.legs_of(s)]
         legs += [leg for s in self._sessions for leg in self.consumer.legs_of(s)]
         self._fail(legs, Cause.DRAINING, "the worker is shutting down")
-        return self._flush(now_ms)
+        return self._flush()
 
-    def _flush(self, now_ms: int, output: StepOutput | None = None) -> list[Effect]:
-        snapshot = self.snapshot(now_ms) if self._outbox.has_messages else None
+    def _flush(self, output: StepOutput | None = None) -> list[Effect]:
+        snapshot = self.snapshot() if self._outbox.has_messages else None
         return self._outbox.take(snapshot, output.timing if output is not None else None)
 
     def check_integrity(self) -> None:

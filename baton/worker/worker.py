@@ -5,6 +5,7 @@ code in the same process.
 """
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 from baton.engine.core import EngineCore
@@ -44,7 +45,9 @@ class Worker:
         self.info = info
         self.core = core
         self.latency = LatencyModel()
-        machine = WorkerMachine(info, policy, TicketKeyring.random(), self.latency)
+        machine = WorkerMachine(
+            info, policy, TicketKeyring.random(), self.latency, step_age_ms=self._step_age_ms
+        )
         self.runtime = WorkerRuntime(
             machine, plane.exports, (_Learner(self.latency), *observers), failpoints
         )
@@ -59,6 +62,10 @@ class Worker:
     def start(self) -> None:
         self.engine.start()
         self._timers = asyncio.create_task(self.runtime.run_timers())
+
+    def _step_age_ms(self) -> float:
+        started_at = self.engine.step_started_at
+        return 0.0 if started_at is None else max(time.monotonic() - started_at, 0.0) * 1e3
 
     @property
     def is_idle(self) -> bool:

@@ -595,4 +595,4 @@ def test_a_role_is_announced(machine: WorkerMachine) -> None:
     assert isinstance(hello, Send)
     assert isinstance(hello.message, Hello)
     assert hello.message.info.role is Role.DECODE
-    assert machine.snapshot(0).role is Role.DECODE
+    assert machine.snapshot().role is Role.DECODE
