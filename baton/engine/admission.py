@@ -96,8 +96,12 @@ class Admission:
         seq.block_ids = hits + pool.allocate(missing, hits[-1] if hits else None)
         self.announce(seq, len(hits))
         self.skip_computed(seq)
-        self._blocked = _NOBODY
+        self.retry()
         return True
+
+    def retry(self) -> None:
+        """Something else than decoding happened: whoever did not fit may fit now."""
+        self._blocked = _NOBODY
 
     def reserve(self, seq: Sequence, headroom: int) -> int | None:
         """Blocks for the prompt of a decode leg plus its growth; the number of tokens that its own
@@ -117,7 +121,6 @@ class Admission:
         seq.reserve = pool.allocate(growth, seq.block_ids[-1])
         seq.num_computed_tokens = len(hits) * block_size
         seq.num_published_blocks = len(hits)
-        self._blocked = _NOBODY
         return seq.num_computed_tokens
 
     def announce(self, seq: Sequence, first_block: int) -> None:

@@ -65,6 +65,7 @@ class EngineCore:
     def apply(self, command: Command) -> None:
         """Between steps only. What is wrong with a request becomes an event, never an exception."""
         self._intake.apply(command)
+        self._scheduler.admission.retry()
         self._legs.collect_evicted()
         self._is_touched, self._is_stalled = True, False
 

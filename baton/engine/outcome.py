@@ -59,5 +59,3 @@ class Outcome:
         for choice, result in results.items():
             finish = self._legs.check_stop(leg, result.token_id, 1)
             self._report.token(leg, choice, 0, result.token_id, result.logprobs, finish)
-            if finish[0] is not None:
-                leg.open_choices.discard(choice)

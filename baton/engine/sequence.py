@@ -59,7 +59,7 @@ class Leg:
     deadline_s: float  # on the engine's clock, or 0 when deadlines do not order
     arrival: int
     root: BlockHash
-    open_choices: set[int]  # neither finished nor aborted
+    open_choices: set[int]  # neither finished (here) nor aborted
     trunk: "Sequence | None" = None  # until the fork
     branches: "dict[int, Sequence]" = field(default_factory=dict)
     is_admitted: bool = False  # told by LegAdmitted or KVReserved

@@ -81,6 +81,14 @@ def test_hashes_are_published_when_it_joins_not_before() -> None:
     assert driver.num_cached(known_leg) == 32
 
 
+def test_hashes_are_published_though_nothing_is_left_to_run() -> None:
+    driver = Driver()
+    driver.joined(request("d", prompt(40), max_tokens=1))
+    driver.run()
+    assert len(driver.stored) == 2
+    driver.assert_idle()
+
+
 def test_choices_share_full_blocks_and_copy_the_last() -> None:
     driver = Driver()
     r = request("d", prompt(40), n=3, temperature=1.0, seed=5)

@@ -40,6 +40,34 @@ def test_compute_here_keeps_the_verified_prefix(n: int, num_known: int, num_vali
     driver.assert_idle()
 
 
+@pytest.mark.parametrize(("told", "num_computed"), [(0, 16 + 7), (999, 1 + 7)])
+def test_a_number_of_valid_tokens_that_cannot_be_is_not_believed(
+    told: int, num_computed: int
+) -> None:
+    """It has 32 of its own, and 48 in all."""
+    driver = Driver()
+    driver.know(33)
+    r = request("d", prompt(48))
+    leg = driver.reserved(r)
+    driver.write_kv(leg, r, 32)
+    driver.apply(KVFailed(leg, told), ComputeHere(leg))
+    driver.run()
+    driver.assert_complete(leg, r)
+    assert driver.runner.num_tokens_computed == num_computed
+
+
+def test_who_computes_here_is_waited_for_like_any_other() -> None:
+    driver = Driver(max_num_batched_tokens=32)
+    d, r = request("d", prompt(80), max_tokens=1), request("l", prompt(90), max_tokens=1)
+    leg = driver.reserved(d)
+    driver.apply(ComputeHere(leg))
+    driver.local(r)
+    driver.run()
+    driver.assert_complete(leg, d)
+    driver.assert_complete(leg_id("l"), r)
+    assert driver.runner.num_tokens_computed == 80 + 10
+
+
 def test_compute_here_without_any_transfer_uses_the_own_prefix() -> None:
     driver = Driver()
     driver.know(40)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from baton.engine.commands import Quiesced
-from baton.engine.events import LegPreempted
+from baton.engine.events import LegFailed, LegPreempted
 from baton.hashing import prefix_hashes, root_hash
 from baton.types import LegId
 from tests.engine.driver import Driver, leg_id, prompt, request
@@ -205,6 +205,24 @@ def test_the_next_one_computes_when_the_first_is_preempted() -> None:
     # Each has 14 tokens of its own; of the 96 that they share only a part of one block is lost.
     num_shared = driver.runner.num_tokens_computed - 30 - 29 - 14 - 14
     assert 96 <= num_shared < 96 + 16
+
+
+def test_a_chunk_ends_where_somebody_else_computes() -> None:
+    """Of four blocks that a leaves behind, b comes first and c has claimed the third."""
+    driver = Driver(max_num_batched_tokens=100)
+    requests = [request(name, prompt(70), **ONE) for name in "abc"]
+    for r in requests:
+        driver.local(r)
+    driver.runner.non_finite = {0}
+    driver.step()
+    assert [event.leg for event in driver.of(LegFailed)] == [leg_id("a")]
+    _, c = driver.core._scheduler.running
+    assert driver.core.pool.cache.claim(c.block_ids[2], c)
+    driver.run()
+    rows = [[(row.start, row.num_tokens) for row in step] for step in driver.runner.steps]
+    assert rows == [[(0, 70)], [(0, 32)], [(32, 38)], [(64, 6)]]
+    for r in requests[1:]:
+        driver.assert_complete(leg_id(r.request_id), r)
 
 
 def test_kv_of_a_leg_with_bad_numbers_is_not_reused() -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from baton.engine.commands import Release
 from baton.engine.config import EngineConfig
 from baton.engine.events import LegAdmitted, LegFailed, LegPreempted, LegTokens
 from baton.errors import Cause
@@ -101,6 +102,38 @@ def test_who_does_not_fit_yet_waits_and_nobody_overtakes_it() -> None:
     driver.run()
     assert admitted(driver) == [held, leg_id("big"), leg_id("small")]
     driver.assert_idle()
+
+
+def test_who_waits_starts_as_soon_as_it_fits() -> None:
+    """It needs three blocks beside the four that it shares with a leg that is held."""
+    driver = Driver(7)
+    driver.prefill(request("same", prompt(64, 1)))
+    other = driver.prefill(request("other", prompt(30, 2)))
+    driver.run()
+    leg = driver.local(request("l", prompt(100, 1), max_tokens=2))
+    driver.run()
+    assert leg not in admitted(driver)
+    driver.core._intake.apply(Release(other))  # not even told that anything happened
+    driver.step()
+    assert leg in admitted(driver)
+
+
+def test_who_waits_starts_when_a_transfer_brings_its_prefix() -> None:
+    driver = Driver(10)
+    held = driver.prefill(request("held", prompt(48, 2)))
+    driver.run()
+    waits = driver.local(request("waits", prompt(126, 1), max_tokens=2))
+    driver.run()
+    assert waits not in admitted(driver)
+    r = request("d", prompt(64, 1), max_tokens=3)
+    leg = driver.reserved(r)
+    driver.write_kv(leg, r)
+    driver.release(held)
+    driver.step()
+    assert waits not in admitted(driver), "five blocks of ten are free, and it needs eight"
+    driver.apply(driver.imported(leg, r))
+    driver.step()
+    assert driver.num_cached(waits) == 64
 
 
 def test_admission_leaves_a_block_for_everyone_who_decodes() -> None:
