@@ -2,8 +2,9 @@
 
 A step is planned once and run for every layer. Where a row's blocks lie side by side in the pool
 its keys and values are read through a strided view, without a copy; else they are gathered. Rows
-with one query and a short context are gathered together and computed in one call: there, the calls
-cost more than the copies.
+with one query and a context of up to about a thousand tokens are gathered together, by length, and
+computed in one call: reading the pool in order and then computing in cache is faster there than one
+call for each row that reads it head by head (docs/performance.md).
 
 Columns past a row's context are masked, whatever is there; nothing but finite numbers may be.
 
@@ -13,6 +14,8 @@ sums in the same order. Which numbers these are is found by measurement (`baton.
 then padding is all it takes.
 """
 
+from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,7 +27,7 @@ from torch import Tensor
 from baton.kernels.paged_rows import PagedRow, num_blocks_used
 
 _TILE = 64  # queries per call: fewer columns wasted above the diagonal than larger, as fast
-_GATHERED = 256  # longest context for which copying it is cheaper than a call of its own
+_GATHERED = (128, 256, 512, 1024)  # contexts up to these are gathered together
 KV_TILE = 512  # columns that torch's flash attention takes at a time
 _AFTER = KV_TILE + _TILE + 32  # columns right of its first query that any call can have
 
@@ -79,7 +82,7 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class CpuPlan:
-    group: _Group | None
+    groups: tuple[_Group, ...]
     rows: tuple[_Row, ...]
 
 
@@ -116,8 +119,8 @@ class CpuAttention:
         out = q.new_empty(q.shape)
         grouped = (q.shape[0], self._num_kv_heads, self._group_size, self._head_dim)
         q, seen = q.view(grouped), out.view(grouped)
-        if plan.group is not None:
-            seen.index_copy_(0, plan.group.queries, self._attend_group(q, kv_cache, plan.group))
+        for group in plan.groups:
+            seen.index_copy_(0, group.queries, self._attend_group(q, kv_cache, group))
         for row in plan.rows:
             kv = kv_cache if row.blocks is None else kv_cache.index_select(1, row.blocks)
             for tile in row.tiles:
@@ -163,16 +166,17 @@ class CpuAttention:
 
     def plan(self, rows: Sequence[PagedRow], kv_cache: Tensor, window: int) -> CpuPlan:
         """For every layer with this window."""
-        together: list[tuple[int, PagedRow]] = []
+        together: dict[int, list[tuple[int, PagedRow]]] = defaultdict(list)
         alone, start = [], 0
         for row in rows:
-            if row.num_queries == 1 and row.context_len <= _GATHERED:
-                together.append((start, row))
+            if row.num_queries == 1 and row.context_len <= _GATHERED[-1]:
+                together[bisect_left(_GATHERED, row.context_len)].append((start, row))
             else:
                 alone.append(self._plan_row(row, start, kv_cache, window))
             start += row.num_queries
-        group = self._plan_group(together, kv_cache.shape[2], window) if together else None
-        return CpuPlan(group, tuple(alone))
+        block_size = kv_cache.shape[2]
+        groups = [self._plan_group(group, block_size, window) for group in together.values()]
+        return CpuPlan(tuple(groups), tuple(alone))
 
     def _plan_group(
         self, rows: Sequence[tuple[int, PagedRow]], block_size: int, window: int
