@@ -8,6 +8,9 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+# Read when triton is first imported, by whichever test module comes first.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 from redis.asyncio import Redis
 
