@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from baton.engine.batch import Batch, SampleRequest, ScheduledRow
+from baton.engine.huge_pages import use_huge_pages
 from baton.engine.layers.linear import Linear
 from baton.engine.loader import load_runner
 from baton.engine.runner import ModelRunner
@@ -34,10 +35,10 @@ from baton.types import BlockId, SamplingParams
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB = 896, 24, 14, 2, 64, 4864, 151_936
 PREFILL_LEN = 512
-CONTEXT_LEN = 512  # tokens in the pool before a decode step
 LAYER_PARAMS = HIDDEN * HEAD_DIM * (2 * HEADS + 2 * KV_HEADS) + 3 * HIDDEN * MLP
 BLOCK_SIZE = 16
-BLOCKS_PER_ROW = (CONTEXT_LEN + PREFILL_LEN) // BLOCK_SIZE
+MAX_LEN = 1040
+BLOCKS_PER_ROW = MAX_LEN // BLOCK_SIZE
 GREEDY = SamplingParams(temperature=0.0)
 DRAWN = SamplingParams(temperature=0.8, top_p=0.95, seed=1)
 CONFIG = {
@@ -61,10 +62,10 @@ def prefill_flops(num_tokens: int) -> float:
     return LAYERS * (2.0 * LAYER_PARAMS * num_tokens + attention) + 2 * HIDDEN * VOCAB
 
 
-def decode_bytes(batch_size: int) -> int:
+def decode_bytes(batch_size: int, context_len: int) -> float:
     """Weights and KV that a decode step reads, in bf16."""
-    kv = batch_size * CONTEXT_LEN * LAYERS * 2 * KV_HEADS * HEAD_DIM
-    return 2 * (LAYERS * LAYER_PARAMS + HIDDEN * VOCAB + kv)
+    kv = batch_size * context_len * LAYERS * 2 * KV_HEADS * HEAD_DIM
+    return 2.0 * (LAYERS * LAYER_PARAMS + HIDDEN * VOCAB + kv)
 
 
 @dataclass(slots=True)
@@ -97,10 +98,12 @@ def limits() -> dict[str, tuple[Timings, float]]:
     """name → (timings, work per call): FLOPs of a GEMM with packed weights, bytes of a sum."""
     x = torch.randn(PREFILL_LEN, HIDDEN).bfloat16()
     linear = Linear(torch.randn(MLP, HIDDEN).bfloat16())
-    numbers = torch.ones(1 << 28)  # 1 GiB of float32
+    numbers, in_huge_pages = torch.ones(2, 1 << 27).unbind()  # 512 MiB of float32 each
+    use_huge_pages(in_huge_pages.data_ptr(), in_huge_pages.nbytes)
     return {
         "gemm": (Timings("gemm", lambda: linear(x), 8), 2.0 * PREFILL_LEN * HIDDEN * MLP),
-        "read": (Timings("read", numbers.sum, 2), numbers.numel() * 4.0),
+        "read": (Timings("read", numbers.sum, 3), numbers.numel() * 4.0),
+        "read huge": (Timings("read huge", in_huge_pages.sum, 3), numbers.numel() * 4.0),
     }
 
 
@@ -115,8 +118,29 @@ def prefill(params: SamplingParams = GREEDY) -> Batch:
     return Batch((row(0, 0, PREFILL_LEN, params),))
 
 
-def decode(batch_size: int, params: SamplingParams = GREEDY) -> Batch:
-    return Batch(tuple(row(i, CONTEXT_LEN, 1, params) for i in range(batch_size)))
+def decode(batch_size: int, context_len: int, params: SamplingParams = GREEDY) -> Batch:
+    return Batch(tuple(row(i, context_len, 1, params) for i in range(batch_size)))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step to measure. `work`: FLOPs against the GEMM rate, or bytes against the bandwidth."""
+
+    name: str
+    batch: Batch
+    work: float
+    limits: tuple[str, ...]
+    calls_per_round: int = 5
+
+
+def steps() -> tuple[Step, ...]:
+    reads = ("read", "read huge")
+    return (
+        Step("prefill 512", prefill(), prefill_flops(PREFILL_LEN), ("gemm",), 1),
+        Step("decode 1 @ 128", decode(1, 128), decode_bytes(1, 128), reads),
+        Step("decode 8 @ 128", decode(8, 128), decode_bytes(8, 128), reads),
+        Step("decode 8 @ 1000", decode(8, 1000), decode_bytes(8, 1000), reads),
+    )
 
 
 @contextmanager
@@ -128,7 +152,7 @@ def engine(*, batch_invariant: bool) -> Iterator[ModelRunner]:
                 folder,
                 load_format="dummy",
                 block_size=BLOCK_SIZE,
-                max_model_len=2 * PREFILL_LEN,
+                max_model_len=MAX_LEN,
                 max_num_seqs=8,
                 kv_cache_memory_bytes=8 * BLOCKS_PER_ROW * BLOCK_SIZE * LAYERS * 2 * 2 * 128,
                 batch_invariant=batch_invariant,
@@ -141,7 +165,7 @@ def engine(*, batch_invariant: bool) -> Iterator[ModelRunner]:
 def sampling(params: SamplingParams) -> Callable[[], object]:
     sampler = Sampler(())
     logits = torch.randn(8, VOCAB).bfloat16()
-    requests = [r.samples for r in decode(8, params).rows]
+    requests = [r.samples for r in decode(8, 128, params).rows]
     return lambda: sampler.sample(logits, requests)
 
 
@@ -151,16 +175,13 @@ def measure(rounds: int) -> tuple[dict[str, Timings], dict[str, float]]:
     timings = {name: timing for name, (timing, _) in machine.items()}
     with engine(batch_invariant=False) as plain, engine(batch_invariant=True) as invariant:
         for suffix, runner in (("", plain), (" invariant", invariant)):
-            for name, batch, calls in (
-                ("prefill 512", prefill(), 1),
-                ("decode 1", decode(1), 5),
-                ("decode 8", decode(8), 5),
-            ):
+            for step in steps():
 
-                def call(runner: ModelRunner = runner, batch: Batch = batch) -> object:
+                def call(runner: ModelRunner = runner, batch: Batch = step.batch) -> object:
                     return runner.run(batch)
 
-                timings[name + suffix] = Timings(name + suffix, call, calls)
+                name = step.name + suffix
+                timings[name] = Timings(name, call, step.calls_per_round)
         timings["sampling greedy"] = Timings("sampling greedy", sampling(GREEDY), 5)
         timings["sampling top_p"] = Timings("sampling top_p", sampling(DRAWN), 5)
         gc.collect()
@@ -174,39 +195,34 @@ def measure(rounds: int) -> tuple[dict[str, Timings], dict[str, float]]:
 
 def report(timings: dict[str, Timings], work: dict[str, float]) -> dict[str, float]:
     """Prints the table; returns the figures by name."""
-    figures = {
-        "gemm_gflops": work["gemm"] / timings["gemm"].best / 1e9,
-        "read_gbytes_s": work["read"] / timings["read"].best / 1e9,
-    }
+    figures = {name: work[name] / timings[name].best / 1e9 for name in work}
     print(f"\n{torch.get_num_threads()} threads; best of all rounds (median in brackets)\n")
-    print(f"bf16 GEMM rate   {figures['gemm_gflops']:7.0f} GFLOP/s")
-    print(f"read bandwidth   {figures['read_gbytes_s']:7.1f} GB/s\n")
-    print("| step | measured | limit | limit / measured | per round |")
+    print(f"bf16 GEMM rate               {figures['gemm']:6.0f} GFLOP/s")
+    print(f"read bandwidth, 4 KiB pages  {figures['read']:6.1f} GB/s")
+    print(f"read bandwidth, huge pages   {figures['read huge']:6.1f} GB/s\n")
+    print("| step | measured | limit | limit / measured | median of the rounds |")
     print("| --- | --- | --- | --- | --- |")
-    cases = (
-        ("prefill 512", "gemm", prefill_flops(PREFILL_LEN)),
-        ("decode 1", "read", float(decode_bytes(1))),
-        ("decode 8", "read", float(decode_bytes(8))),
-    )
-    for name, limit, needed in cases:
-        share = needed / work[limit]  # calls of the limit that do the same work
-        for timing in (timings[name], timings[f"{name} invariant"]):
+    for step in steps():
+        for limit in step.limits:
+            share = step.work / work[limit]  # calls of the limit that do the same work
             floor = share * timings[limit].best
-            rounds = zip(timings[limit].seconds, timing.seconds, strict=True)
-            per_round = statistics.median(share * low / high for low, high in rounds)
-            figures[timing.name] = floor / timing.best
-            print(
-                f"| {timing.name} | {timing.best * 1e3:.1f} ms ({timing.median * 1e3:.1f}) "
-                f"| {floor * 1e3:.1f} ms | {floor / timing.best:.2f} | {per_round:.2f} |"
-            )
+            for timing in (timings[step.name], timings[f"{step.name} invariant"]):
+                rounds = zip(timings[limit].seconds, timing.seconds, strict=True)
+                per_round = statistics.median(share * low / high for low, high in rounds)
+                figures[f"{timing.name} / {limit}"] = floor / timing.best
+                print(
+                    f"| {timing.name} | {timing.best * 1e3:.1f} ms ({timing.median * 1e3:.1f}) | "
+                    f"{limit}: {floor * 1e3:.1f} ms | {floor / timing.best:.2f} | {per_round:.2f} |"
+                )
     print()
-    for name in ("prefill 512", "decode 1", "decode 8"):
-        rounds = zip(timings[f"{name} invariant"].seconds, timings[name].seconds, strict=True)
+    for step in steps():
+        pair = timings[f"{step.name} invariant"], timings[step.name]
+        rounds = zip(pair[0].seconds, pair[1].seconds, strict=True)
         cost = statistics.median(high / low - 1 for high, low in rounds)
-        figures[f"{name} invariance cost"] = cost
-        print(f"batch invariance costs {cost:+.1%} in {name}")
+        figures[f"{step.name} invariance cost"] = cost
+        print(f"batch invariance costs {cost:+.1%} in {step.name}")
     for name in ("sampling greedy", "sampling top_p"):
-        share = timings[name].best / timings["decode 8"].best
+        share = timings[name].best / timings["decode 8 @ 128"].best
         figures[f"{name} share"] = share
         print(f"{name}: {timings[name].best * 1e3:.2f} ms, {share:.1%} of a decode step at batch 8")
     return figures

@@ -76,8 +76,7 @@ class _Group:
 
     queries: Tensor  # [num_rows] int64, indices among the step's queries
     blocks: Tensor  # [num_rows * blocks per row] int64
-    num_columns: int
-    mask: Tensor  # [num_rows, 1, 1, num_columns], 0 or -inf
+    mask: Tensor  # [num_rows, 1, 1, columns], 0 or -inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,26 +115,27 @@ class CpuAttention:
 
         Returns: [num_tokens, num_heads, head_dim].
         """
-        out = q.new_empty(q.shape)
-        grouped = (q.shape[0], self._num_kv_heads, self._group_size, self._head_dim)
-        q, seen = q.view(grouped), out.view(grouped)
+        shape = q.shape
+        q = q.view(shape[0], self._num_kv_heads, self._group_size, self._head_dim)
+        if len(plan.groups) == 1 and not plan.rows:
+            return self._attend_group(q, kv_cache, plan.groups[0]).reshape(shape)
+        seen = q.new_empty(q.shape)
         for group in plan.groups:
-            seen.index_copy_(0, group.queries, self._attend_group(q, kv_cache, group))
+            of_group = q.index_select(0, group.queries)
+            seen.index_copy_(0, group.queries, self._attend_group(of_group, kv_cache, group))
         for row in plan.rows:
             kv = kv_cache if row.blocks is None else kv_cache.index_select(1, row.blocks)
             for tile in row.tiles:
                 k, v = (self._columns(kv, i, row.slot + tile.first, tile) for i in (0, 1))
                 self._attend(q[tile.start : tile.stop], k, v, tile, seen[tile.start : tile.stop])
-        return out
+        return seen.view(shape)
 
     def _attend_group(self, q: Tensor, kv_cache: Tensor, group: _Group) -> Tensor:
-        """[num_rows, num_kv_heads, group_size, head_dim]."""
-        num_rows = group.queries.shape[0]
+        """q and the result: [num_rows, num_kv_heads, group_size, head_dim]."""
         gathered = kv_cache.index_select(1, group.blocks)
-        shape = (2, num_rows, -1, self._num_kv_heads, self._head_dim)
-        k, v = gathered.view(shape)[:, :, : group.num_columns].transpose(2, 3).unbind()
-        o = self._flash(q.index_select(0, group.queries), k, v, group.mask)
-        return o[:, :, : self._group_size]
+        shape = (2, q.shape[0], -1, self._num_kv_heads, self._head_dim)
+        k, v = gathered.view(shape)[:, :, : group.mask.shape[3]].transpose(2, 3).unbind()
+        return self._flash(q, k, v, group.mask)[:, :, : self._group_size]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, tile: _Tile, out: Tensor) -> None:
         if q.shape[0] == 1:  # the heads that share K and V are the rows of one GEMM
@@ -190,7 +190,7 @@ class CpuAttention:
         distance = torch.tensor([[row.start] for _, row in rows]) - torch.arange(num_columns)
         mask = _hide(distance, window, self._dtype)[:, None, None]
         queries = torch.tensor([query for query, _ in rows])
-        return _Group(queries, torch.tensor(blocks), num_columns, mask)
+        return _Group(queries, torch.tensor(blocks), mask)
 
     def _plan_row(self, row: PagedRow, start: int, kv_cache: Tensor, window: int) -> _Row:
         block_size = kv_cache.shape[2]
