@@ -104,16 +104,24 @@ def symbol_documents(found: list[Symbol], rng: random.Random) -> list[str]:
     return documents
 
 
+def import_blocks(body: list[ast.stmt], lines: list[str]) -> Iterator[str]:
+    """A module's top-level imports, once from each of them on, so that `import ` opens documents
+    as often as `def ` does."""
+    statements = [
+        "".join(lines[node.lineno - 1 : node.end_lineno])
+        for node in body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    for first in range(len(statements)):
+        yield "".join(statements[first:])
+
+
 def file_documents(root: Path, path: Path, rng: random.Random) -> list[str]:
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
     lines = text.splitlines(keepends=True)
-    documents = symbol_documents(list(symbols(module_name(root, path), tree.body, lines)), rng)
-    imports = (n.lineno for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom))
-    first_import = next(imports, 1)
-    if rng.random() < 0.5:  # so that `import ` may open a document
-        text = "".join(lines[first_import - 1 :])
-    return [text, *documents]
+    found = list(symbols(module_name(root, path), tree.body, lines))
+    return [text, *import_blocks(tree.body, lines), *symbol_documents(found, rng)]
 
 
 def collect(root: Path, seed: int) -> tuple[list[str], list[str]]:

@@ -65,8 +65,10 @@ def train_tokenizer(documents: list[str], vocab_size: int, max_len: int) -> PreT
 def cut(text: str, rng: random.Random) -> list[str]:
     """Splits after some spaces. BPE glues a space to the word that follows, so the lone space that
     ends a prompt such as `def ` would otherwise never be seen in training."""
-    spaces = (match.end() for match in re.finditer(r" (?=\w)", text))
-    cuts = [at for i, at in enumerate(spaces) if rng.random() < (0.02 if i else 0.3)]
+    cuts = []
+    for match in re.finditer(r"^(?:def|class|import|from) (?=\w)| (?=\w)", text, re.MULTILINE):
+        if rng.random() < (0.3 if len(match[0]) > 1 else 0.02):
+            cuts.append(match.end())
     return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
@@ -194,11 +196,18 @@ def samples(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> str:
     return "\n\n".join(f"~~~text\n{text}\n~~~" for text in texts)
 
 
-def shown_arguments(args: argparse.Namespace) -> str:
-    """Returns the command line that repeats this run."""
-    values = {key.replace("_", "-"): value for key, value in vars(args).items() if key != "output"}
+def commands(args: argparse.Namespace) -> str:
+    """Returns the command lines that lead to this model, those of a resumed one's card included."""
+    values = {key.replace("_", "-"): value for key, value in vars(args).items()}
     switch = "--bf16" if values.pop("bf16") else "--no-bf16"
-    return " ".join([*(f"--{key} {value}" for key, value in values.items()), switch])
+    shown = {k: v.name if isinstance(v, Path) else v for k, v in values.items() if v is not None}
+    options = " ".join([*(f"--{key} {value}" for key, value in shown.items()), switch])
+    earlier = ""
+    if args.resume:
+        card = (args.resume / "README.md").read_text(encoding="utf-8")
+        earlier = card.partition("~~~sh\n")[2].partition("~~~")[0]
+    num_tokens = args.steps * args.batch_tokens / 1e6
+    return f"{earlier}# {num_tokens:.1f} M tokens\npython tools/train_demo_model.py {options}"
 
 
 def save(
@@ -222,11 +231,10 @@ def save(
         transformers=transformers.__version__,
         train_bytes=f"{training.num_bytes / 1e6:.1f}",
         train_tokens=f"{len(training.ids) / 1e6:.1f}",
-        seen_tokens=f"{args.steps * args.batch_tokens / 1e6:.1f}",
         bits_per_byte=f"{bits_per_byte(saved, held_out, args.context):.2f}",
         context=args.context,
         max_len=args.max_len,
-        arguments=shown_arguments(args),
+        commands=commands(args),
         samples=samples(saved, tokenizer),
     )
     (args.output / "README.md").write_text(card, encoding="utf-8")
@@ -239,6 +247,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     default_output = Path(__file__).parents[1] / "baton" / "demo_model"
     parser.add_argument("--output", type=Path, default=default_output, help="checkpoint directory")
+    parser.add_argument("--resume", type=Path, help="checkpoint directory to train further")
     parser.add_argument("--steps", type=int, default=2400, help="optimizer steps")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens per step")
     parser.add_argument("--context", type=int, default=256, help="row length in tokens")
@@ -257,10 +266,14 @@ def main() -> None:
     args = parse_arguments()
     torch.manual_seed(args.seed)
     documents, held_out_documents = collect(Path(sysconfig.get_path("stdlib")), args.seed)
-    tokenizer = train_tokenizer(documents, args.vocab_size, args.max_len)
+    if args.resume:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.resume)
+        model = Qwen3ForCausalLM.from_pretrained(args.resume, dtype=torch.float32)
+    else:
+        tokenizer = train_tokenizer(documents, args.vocab_size, args.max_len)
+        model = build_model(tokenizer, args.max_len)
     training = encode(tokenizer, documents, args.seed)
     held_out = encode(tokenizer, held_out_documents, args.seed)
-    model = build_model(tokenizer, args.max_len)
     print(
         f"{len(documents)} documents, {training.num_bytes / 1e6:.1f} MB, "
         f"{len(training.ids) / 1e6:.2f} M tokens; {model.num_parameters() / 1e6:.2f} M parameters",
