@@ -7,7 +7,7 @@ random weights. Prints the ratio of each to its limit:
     prefill   its multiplications (attention: the causal half) at the GEMM rate / measured time
     decode    its weights and KV read once at the read bandwidth              / measured time
 
-    python bench/engine.py [--rounds 15] [--threads 2] [--json FILE]
+    python -m bench.engine [--rounds 15] [--threads 2] [--json FILE]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Every Triton kernel on a CUDA machine: equal to its reference, and how close to the roofline.
 
-    python bench/gpu.py
+    python -m bench.gpu
 
 The roofline is measured in the same run: bytes per second of a device copy, FLOPs per second of a
 bf16 matrix product. Exits with 1 if a kernel is wrong; says so and exits with 0 where there is no
