@@ -105,8 +105,8 @@ def symbol_documents(found: list[Symbol], rng: random.Random) -> list[str]:
 
 
 def import_blocks(body: list[ast.stmt], lines: list[str]) -> Iterator[str]:
-    """A module's top-level imports, once from each of them on, so that `import ` opens documents
-    as often as `def ` does."""
+    """A module's top-level imports, once from each of them on, so that documents which open
+    with `import ` are not rare."""
     statements = [
         "".join(lines[node.lineno - 1 : node.end_lineno])
         for node in body
