@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from baton.engine.kv_cache import KVCache
@@ -21,9 +22,10 @@ class StepAttention(Protocol):
         """Store k and v, then attend.
 
         Args:
-            q: [num_tokens, num_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim].
+            q: [num_rows, num_heads, head_dim]; k, v: [num_rows, num_kv_heads, head_dim]. Rows
+                after the step's tokens are padding.
 
-        Returns: [num_tokens, num_heads * head_dim].
+        Returns: [num_rows, num_heads * head_dim], zeros in the padding.
         """
         ...
 
@@ -55,16 +57,22 @@ class CpuBackend:
             window: self._attention.plan(rows, cache[0], window) for window in set(self._windows)
         }
 
+        num_tokens = len(slots)
+
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            kv_store(k, v, cache[layer], slots)
-            return self._attention.run(q, cache[layer], plans[self._windows[layer]]).flatten(1)
+            kv_cache, missing = cache[layer], len(q) - num_tokens
+            if missing:
+                q, k, v = q[:num_tokens], k[:num_tokens], v[:num_tokens]
+            kv_store(k, v, kv_cache, slots)
+            seen = self._attention.run(q, kv_cache, plans[self._windows[layer]]).flatten(1)
+            return F.pad(seen, (0, 0, 0, missing)) if missing else seen
 
         return attend
 
 
 class KernelBackend:
-    """For CUDA. Rows with one query go through the decode kernel, the others through the prefill
-    kernel; the runner puts the former first."""
+    """For CUDA, without padding. Rows with one query go through the decode kernel, the others
+    through the prefill kernel; the runner puts the former first."""
 
     def __init__(self, config: ModelConfig, cache: KVCache) -> None:
         self._cache = cache
