@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from baton.engine.kv_cache import KVCache
@@ -22,10 +21,9 @@ class StepAttention(Protocol):
         """Store k and v, then attend.
 
         Args:
-            q: [num_rows, num_heads, head_dim]; k, v: [num_rows, num_kv_heads, head_dim]. Rows
-                after the step's tokens are padding.
+            q: [num_tokens, num_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim].
 
-        Returns: [num_rows, num_heads * head_dim], zeros in the padding.
+        Returns: [num_tokens, num_heads * head_dim].
         """
         ...
 
@@ -57,22 +55,16 @@ class CpuBackend:
             window: self._attention.plan(rows, cache[0], window) for window in set(self._windows)
         }
 
-        num_tokens = len(slots)
-
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            kv_cache, missing = cache[layer], len(q) - num_tokens
-            if missing:
-                q, k, v = q[:num_tokens], k[:num_tokens], v[:num_tokens]
-            kv_store(k, v, kv_cache, slots)
-            seen = self._attention.run(q, kv_cache, plans[self._windows[layer]]).flatten(1)
-            return F.pad(seen, (0, 0, 0, missing)) if missing else seen
+            kv_store(k, v, cache[layer], slots)
+            return self._attention.run(q, cache[layer], plans[self._windows[layer]]).flatten(1)
 
         return attend
 
 
 class KernelBackend:
-    """For CUDA, without padding. Rows with one query go through the decode kernel, the others
-    through the prefill kernel; the runner puts the former first."""
+    """For CUDA. Rows with one query go through the decode kernel, the others through the prefill
+    kernel; the runner puts the former first."""
 
     def __init__(self, config: ModelConfig, cache: KVCache) -> None:
         self._cache = cache

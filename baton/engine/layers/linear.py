@@ -25,7 +25,7 @@ class Linear:
         self.bias = bias
         self.is_packed = weight.device.type == "cpu" and _can_pack(*weight.shape, weight.dtype)
         self.weight = _reorder(weight) if self.is_packed else weight.contiguous()
-        self.min_rows = _FEWEST_ROWS if self.is_packed else 1  # see also baton.engine.invariance
+        self.min_rows = _FEWEST_ROWS  # packed: fewer are padded; see baton.engine.invariance
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.is_packed:

@@ -51,15 +51,11 @@ class Decoder:
 
     def hidden(self, token_ids: Tensor, positions: Tensor, attention: StepAttention) -> Tensor:
         """[num_tokens] ids and positions, both int64 → [num_tokens, hidden_size], normalised."""
-        num_tokens = len(token_ids)
-        missing = self.layers[0].qkv.min_rows - num_tokens
-        if missing > 0:  # once here rather than in every linear layer
-            token_ids, positions = F.pad(token_ids, (0, missing)), F.pad(positions, (0, missing))
         x = F.embedding(token_ids, self.embedding)
         cos_sin = self.rotary(positions)
         for layer in self.layers:
             x = layer(x, cos_sin, attention)
-        return self.norm(x)[:num_tokens]
+        return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[num_rows, hidden_size] → [num_rows, vocab_size]."""
