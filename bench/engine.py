@@ -1,13 +1,15 @@
 """The engine on this machine's CPU, next to what the machine can do.
 
-Measures, interleaved so that a noisy machine hits all of it alike: the bf16 GEMM rate, the read
+Measures, interleaved so that a noisy machine hits all of it alike: the GEMM rate, the read
 bandwidth, prefill of 512 tokens and decode at batch 1 and 8 of a model of 0.5B parameters with
 random weights. Prints the ratio of each to its limit:
 
     prefill   its multiplications (attention: the causal half) at the GEMM rate / measured time
     decode    its weights and KV read once at the read bandwidth              / measured time
 
-    python -m bench.engine [--rounds 15] [--threads 2] [--json FILE]
+On a processor whose kernels no padding makes batch-invariant, that half of the table is missing.
+
+    python -m bench.engine [--dtype bfloat16] [--rounds 15] [--threads 2] [--json FILE]
 """
 
 import argparse
@@ -26,6 +28,7 @@ from tqdm import tqdm
 
 from baton.engine.batch import Batch, SampleRequest, ScheduledRow
 from baton.engine.huge_pages import use_huge_pages
+from baton.engine.kv_cache import dtype_name
 from baton.engine.layers.linear import Linear
 from baton.engine.loader import load_runner
 from baton.engine.runner import ModelRunner
@@ -52,7 +55,6 @@ CONFIG = {
     "max_position_embeddings": 32_768,
     "rope_theta": 1e6,
     "tie_word_embeddings": True,
-    "dtype": "bfloat16",
 }
 
 
@@ -62,10 +64,10 @@ def prefill_flops(num_tokens: int) -> float:
     return LAYERS * (2.0 * LAYER_PARAMS * num_tokens + attention) + 2 * HIDDEN * VOCAB
 
 
-def decode_bytes(batch_size: int, context_len: int) -> float:
-    """Weights and KV that a decode step reads, in bf16."""
+def decode_elements(batch_size: int, context_len: int) -> float:
+    """Weights and KV that a decode step reads."""
     kv = batch_size * context_len * LAYERS * 2 * KV_HEADS * HEAD_DIM
-    return 2.0 * (LAYERS * LAYER_PARAMS + HIDDEN * VOCAB + kv)
+    return LAYERS * LAYER_PARAMS + HIDDEN * VOCAB + kv
 
 
 @dataclass(slots=True)
@@ -94,10 +96,10 @@ class Timings:
         return statistics.median(self.seconds)
 
 
-def limits() -> dict[str, tuple[Timings, float]]:
+def limits(dtype: torch.dtype) -> dict[str, tuple[Timings, float]]:
     """name → (timings, work per call): FLOPs of a GEMM with packed weights, bytes of a sum."""
-    x = torch.randn(PREFILL_LEN, HIDDEN).bfloat16()
-    linear = Linear(torch.randn(MLP, HIDDEN).bfloat16())
+    x = torch.randn(PREFILL_LEN, HIDDEN).to(dtype)
+    linear = Linear(torch.randn(MLP, HIDDEN).to(dtype))
     numbers, in_huge_pages = torch.ones(2, 1 << 27).unbind()  # 512 MiB of float32 each
     use_huge_pages(in_huge_pages.data_ptr(), in_huge_pages.nbytes)
     return {
@@ -133,28 +135,38 @@ class Step:
     calls_per_round: int = 5
 
 
-def steps() -> tuple[Step, ...]:
+def steps(dtype: torch.dtype) -> tuple[Step, ...]:
     reads = ("read", "read huge")
+    sizes = ((1, 128), (8, 128), (8, 1000))
     return (
         Step("prefill 512", prefill(), prefill_flops(PREFILL_LEN), ("gemm",), 1),
-        Step("decode 1 @ 128", decode(1, 128), decode_bytes(1, 128), reads),
-        Step("decode 8 @ 128", decode(8, 128), decode_bytes(8, 128), reads),
-        Step("decode 8 @ 1000", decode(8, 1000), decode_bytes(8, 1000), reads),
+        *(
+            Step(
+                f"decode {batch_size} @ {length}",
+                decode(batch_size, length),
+                dtype.itemsize * decode_elements(batch_size, length),
+                reads,
+            )
+            for batch_size, length in sizes
+        ),
     )
 
 
 @contextmanager
-def engine(*, batch_invariant: bool) -> Iterator[ModelRunner]:
+def engine(dtype: torch.dtype, *, batch_invariant: bool | None) -> Iterator[ModelRunner]:
+    """Of random weights. `batch_invariant` None = if this processor can."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+        token_bytes = LAYERS * 2 * KV_HEADS * HEAD_DIM * dtype.itemsize
         runner = load_runner(
             RunnerConfig(
                 folder,
                 load_format="dummy",
                 block_size=BLOCK_SIZE,
                 max_model_len=MAX_LEN,
+                dtype=dtype_name(dtype),
                 max_num_seqs=8,
-                kv_cache_memory_bytes=8 * BLOCKS_PER_ROW * BLOCK_SIZE * LAYERS * 2 * 2 * 128,
+                kv_cache_memory_bytes=8 * BLOCKS_PER_ROW * BLOCK_SIZE * token_bytes,
                 batch_invariant=batch_invariant,
             )
         )
@@ -162,28 +174,34 @@ def engine(*, batch_invariant: bool) -> Iterator[ModelRunner]:
     runner.close()
 
 
-def sampling(params: SamplingParams) -> Callable[[], object]:
+def sampling(params: SamplingParams, dtype: torch.dtype) -> Callable[[], object]:
     sampler = Sampler(())
-    logits = torch.randn(8, VOCAB).bfloat16()
+    logits = torch.randn(8, VOCAB).to(dtype)
     requests = [r.samples for r in decode(8, 128, params).rows]
     return lambda: sampler.sample(logits, requests)
 
 
-def measure(rounds: int) -> tuple[dict[str, Timings], dict[str, float]]:
+def measure(rounds: int, dtype: torch.dtype) -> tuple[dict[str, Timings], dict[str, float]]:
     """(every timing by name, work per call of the limits)."""
-    machine = limits()
+    machine = limits(dtype)
     timings = {name: timing for name, (timing, _) in machine.items()}
-    with engine(batch_invariant=False) as plain, engine(batch_invariant=True) as invariant:
-        for suffix, runner in (("", plain), (" invariant", invariant)):
-            for step in steps():
+    with (
+        engine(dtype, batch_invariant=False) as plain,
+        engine(dtype, batch_invariant=None) as invariant,
+    ):
+        runners = [("", plain)]
+        if invariant.info.batch_invariant:
+            runners.append((" invariant", invariant))
+        for suffix, runner in runners:
+            for step in steps(dtype):
 
                 def call(runner: ModelRunner = runner, batch: Batch = step.batch) -> object:
                     return runner.run(batch)
 
                 name = step.name + suffix
                 timings[name] = Timings(name, call, step.calls_per_round)
-        timings["sampling greedy"] = Timings("sampling greedy", sampling(GREEDY), 5)
-        timings["sampling top_p"] = Timings("sampling top_p", sampling(DRAWN), 5)
+        timings["sampling greedy"] = Timings("sampling greedy", sampling(GREEDY, dtype), 5)
+        timings["sampling top_p"] = Timings("sampling top_p", sampling(DRAWN, dtype), 5)
         gc.collect()
         for timing in timings.values():
             timing.call()
@@ -193,20 +211,23 @@ def measure(rounds: int) -> tuple[dict[str, Timings], dict[str, float]]:
     return timings, {name: work for name, (_, work) in machine.items()}
 
 
-def report(timings: dict[str, Timings], work: dict[str, float]) -> dict[str, float]:
+def report(
+    timings: dict[str, Timings], work: dict[str, float], dtype: torch.dtype
+) -> dict[str, float]:
     """Prints the table; returns the figures by name."""
     figures = {name: work[name] / timings[name].best / 1e9 for name in work}
     print(f"\n{torch.get_num_threads()} threads; best of all rounds (median in brackets)\n")
-    print(f"bf16 GEMM rate               {figures['gemm']:6.0f} GFLOP/s")
+    print(f"GEMM rate, {dtype_name(dtype):17} {figures['gemm']:6.0f} GFLOP/s")
     print(f"read bandwidth, 4 KiB pages  {figures['read']:6.1f} GB/s")
     print(f"read bandwidth, huge pages   {figures['read huge']:6.1f} GB/s\n")
     print("| step | measured | limit | limit / measured | median of the rounds |")
     print("| --- | --- | --- | --- | --- |")
-    for step in steps():
+    suffixes = [s for s in ("", " invariant") if f"decode 8 @ 128{s}" in timings]
+    for step in steps(dtype):
         for limit in step.limits:
             share = step.work / work[limit]  # calls of the limit that do the same work
             floor = share * timings[limit].best
-            for timing in (timings[step.name], timings[f"{step.name} invariant"]):
+            for timing in (timings[step.name + suffix] for suffix in suffixes):
                 rounds = zip(timings[limit].seconds, timing.seconds, strict=True)
                 per_round = statistics.median(share * low / high for low, high in rounds)
                 figures[f"{timing.name} / {limit}"] = floor / timing.best
@@ -215,7 +236,9 @@ def report(timings: dict[str, Timings], work: dict[str, float]) -> dict[str, flo
                     f"{limit}: {floor * 1e3:.1f} ms | {floor / timing.best:.2f} | {per_round:.2f} |"
                 )
     print()
-    for step in steps():
+    if len(suffixes) == 1:
+        print("this processor's kernels are not batch-invariant in this dtype")
+    for step in steps(dtype) if len(suffixes) == 2 else ():
         pair = timings[f"{step.name} invariant"], timings[step.name]
         rounds = zip(pair[0].seconds, pair[1].seconds, strict=True)
         cost = statistics.median(high / low - 1 for high, low in rounds)
@@ -232,13 +255,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=None, help="all cores if absent")
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    figures = report(*measure(args.rounds))
+    dtype: torch.dtype = getattr(torch, args.dtype)
+    figures = report(*measure(args.rounds, dtype), dtype)
     if args.json is not None:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
