@@ -1,13 +1,14 @@
 """The types that flow between rooms. Data only; standard library only; everything frozen."""
 
-import hashlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import NamedTuple, NewType
 
-from baton.errors import InvalidRequest
+from baton.sampling_params import RepetitionDetection as RepetitionDetection
+from baton.sampling_params import SamplingParams as SamplingParams
+from baton.sampling_params import StructuredKind as StructuredKind
+from baton.sampling_params import StructuredOutput as StructuredOutput
 
 BlockId = NewType("BlockId", int)
 BlockHash = NewType("BlockHash", bytes)  # 32 bytes
@@ -40,6 +41,7 @@ class FinishReason(IntEnum):
     STOP = 1
     LENGTH = 2
     ABORT = 3
+    REPETITION = 4  # SamplingParams.repetition_detection
 
 
 class LegId(NamedTuple):
@@ -48,83 +50,6 @@ class LegId(NamedTuple):
 
     request_id: str
     attempt: int
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """What to sample and when to stop; vLLM's names, defaults and meanings.
-
-    Raises:
-        InvalidRequest: a value is out of range; `param` names the field.
-    """
-
-    n: int = 1
-    temperature: float = 1.0  # 0 = greedy
-    top_p: float = 1.0
-    top_k: int = 0  # 0 or -1 = off
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None  # the gateway (or LLM) draws one before a request leaves it
-    max_tokens: int | None = (
-        16  # None = up to the model's length; resolved before it leaves the gateway
-    )
-    min_tokens: int = 0
-    ignore_eos: bool = False
-    stop: tuple[str, ...] = ()  # matched by the gateway (or LLM), never by the engine
-    stop_token_ids: tuple[int, ...] = ()
-    include_stop_str_in_output: bool = False
-    logprobs: int | None = None  # number of alternatives besides the sampled token; None = none
-
-    def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):
-            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
-        _check(isinstance(self.n, int) and 1 <= self.n <= 128, "n", "must be in 1..128")
-        _check(
-            _finite(self.temperature) and 0 <= self.temperature <= 100,
-            "temperature",
-            "must be in 0..100",
-        )
-        _check(_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "must be in (0, 1]")
-        _check(self.top_k >= -1, "top_k", "must be -1 or 0 (off) or positive")
-        _check(_finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", "must be in 0..1")
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            _check(_finite(value) and -2 <= value <= 2, name, "must be in -2..2")
-        value = self.repetition_penalty
-        _check(_finite(value) and 0 < value <= 100, "repetition_penalty", "must be in (0, 100]")
-        _check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "must be at least 1")
-        _check(self.min_tokens >= 0, "min_tokens", "must be at least 0")
-        _check(
-            self.max_tokens is None or self.min_tokens <= self.max_tokens,
-            "min_tokens",
-            "must not exceed max_tokens",
-        )
-        _check(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "must be in 0..20")
-        _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "must fit in 64 bits")
-
-    def choice_seed(self, choice: int) -> int:
-        """The 32-bit seed of one choice: a fixed function of (seed, choice), so that every worker
-        agrees."""
-        assert self.seed is not None, "a seed is drawn by the gateway"
-        digest = hashlib.sha256(
-            b"baton-seed-1"
-            + self.seed.to_bytes(8, "little", signed=True)
-            + choice.to_bytes(4, "little")
-        )
-        return int.from_bytes(digest.digest()[:4], "little")
-
-
-def _finite(value: float) -> bool:
-    return not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check(ok: bool, param: str, rule: str) -> None:
-    if not ok:
-        raise InvalidRequest(f"{param} {rule}", param)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +88,7 @@ class Logprobs:
     logprob: float
     rank: int  # 1 = the most likely
     top: tuple[tuple[int, float], ...]  # (token id, logprob)
+    asked: tuple[tuple[int, float], ...] = ()  # of SamplingParams.logprob_token_ids, in that order
 
 
 @dataclass(frozen=True, slots=True)

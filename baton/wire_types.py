@@ -1,6 +1,6 @@
 """baton.types to and from protobuf. See `baton.wire`, which is what everybody imports."""
 
-from baton.errors import InvalidRequest
+from baton.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from baton.types import (
     FinishReason,
     KVGroup,
@@ -12,7 +12,6 @@ from baton.types import (
     Logprobs,
     Request,
     Role,
-    SamplingParams,
     StepTiming,
     TokenChunk,
     TransferStats,
@@ -36,6 +35,7 @@ from baton.wire_checks import (
     refuse,
     text,
 )
+from baton.wire_sampling import sampling_from_pb, sampling_to_pb
 
 _DTYPES = frozenset(("bfloat16", "float16", "float32"))
 _ROLES: dict[pb.Role, Role] = {
@@ -55,55 +55,6 @@ def leg_to_pb(leg: LegId) -> pb.LegId:
 
 def leg_from_pb(message: pb.LegId) -> LegId:
     return LegId(text(message.request_id, MAX_ID_LEN, "request_id"), message.attempt)
-
-
-def sampling_to_pb(params: SamplingParams) -> pb.SamplingParams:
-    """
-    Raises:
-        ValueError: seed or max_tokens is missing; both are resolved before a request leaves its
-            gateway.
-    """
-    if params.seed is None or params.max_tokens is None:
-        raise ValueError("seed and max_tokens must be set before a request is sent")
-    return pb.SamplingParams(
-        n=params.n,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        min_p=params.min_p,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        repetition_penalty=params.repetition_penalty,
-        seed=params.seed,
-        max_tokens=params.max_tokens,
-        min_tokens=params.min_tokens,
-        ignore_eos=params.ignore_eos,
-        stop_token_ids=params.stop_token_ids,
-        logprobs=params.logprobs,
-    )
-
-
-def sampling_from_pb(message: pb.SamplingParams) -> SamplingParams:
-    check_len(message.stop_token_ids, MAX_TOKENS, "stop_token_ids")
-    try:
-        return SamplingParams(
-            n=message.n,
-            temperature=message.temperature,
-            top_p=message.top_p,
-            top_k=message.top_k,
-            min_p=message.min_p,
-            presence_penalty=message.presence_penalty,
-            frequency_penalty=message.frequency_penalty,
-            repetition_penalty=message.repetition_penalty,
-            seed=message.seed,
-            max_tokens=message.max_tokens,
-            min_tokens=message.min_tokens,
-            ignore_eos=message.ignore_eos,
-            stop_token_ids=tuple(message.stop_token_ids),
-            logprobs=message.logprobs if message.HasField("logprobs") else None,
-        )
-    except InvalidRequest as error:
-        raise refuse(error.message) from error
 
 
 def request_to_pb(request: Request) -> pb.Request:
@@ -172,14 +123,21 @@ def chunk_from_pb(message: pb.TokenChunk) -> TokenChunk:
 
 
 def _logprobs_to_pb(logprobs: Logprobs) -> pb.Logprobs:
-    top = [pb.TopLogprob(token_id=token_id, logprob=value) for token_id, value in logprobs.top]
-    return pb.Logprobs(logprob=logprobs.logprob, rank=logprobs.rank, top=top)
+    top, asked = (
+        [pb.TopLogprob(token_id=token_id, logprob=value) for token_id, value in pairs]
+        for pairs in (logprobs.top, logprobs.asked)
+    )
+    return pb.Logprobs(logprob=logprobs.logprob, rank=logprobs.rank, top=top, asked=asked)
 
 
 def _logprobs_from_pb(message: pb.Logprobs) -> Logprobs:
     check_len(message.top, MAX_ITEMS, "top logprobs")
-    top = tuple((item.token_id, item.logprob) for item in message.top)
-    return Logprobs(logprob=message.logprob, rank=message.rank, top=top)
+    check_len(message.asked, MAX_LOGPROB_TOKEN_IDS, "asked logprobs")
+    top, asked = (
+        tuple((item.token_id, item.logprob) for item in items)
+        for items in (message.top, message.asked)
+    )
+    return Logprobs(message.logprob, message.rank, top, asked)
 
 
 def _finish_reason(number: int) -> FinishReason | None:

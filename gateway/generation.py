@@ -118,13 +118,17 @@ class Generation:
         """`sampling` with max_tokens cut to what the model's length leaves, as vLLM does.
 
         Raises:
-            InvalidRequest: the prompt is empty, too long, or has ids that the model lacks.
+            InvalidRequest: the prompt is empty or too long, or it or `sampling` has ids that the
+                model lacks.
         """
         sampling, model, param = self.job.sampling, self.job.model, self.job.prompt_param
         if not prompt:
             raise InvalidRequest("The prompt has no tokens.", param)
         if max(prompt) >= model.vocab_size or min(prompt) < 0:
             raise InvalidRequest("The prompt has a token id out of the vocabulary.", param)
+        largest, field = sampling.max_token_id()
+        if largest >= model.vocab_size:
+            raise InvalidRequest(f"{field} has a token id out of the vocabulary.", field)
         room = model.max_model_len - len(prompt)
         if room < 1:
             raise InvalidRequest(

@@ -40,10 +40,13 @@ from baton.types import (
     KVTicket,
     LegId,
     Logprobs,
+    RepetitionDetection,
     Request,
     Role,
     SamplingParams,
     StepTiming,
+    StructuredKind,
+    StructuredOutput,
     TokenChunk,
     TransferStats,
     TransportAddress,
@@ -96,7 +99,7 @@ ticket = st.builds(
     u32,
     digest,
 )
-sampling = st.builds(
+_full_sampling = st.builds(
     SamplingParams,
     n=st.integers(1, 3),
     temperature=st.floats(0, 100),
@@ -111,7 +114,26 @@ sampling = st.builds(
     min_tokens=st.integers(0, 100),
     ignore_eos=st.booleans(),
     stop_token_ids=ids,
-    logprobs=st.none() | st.integers(0, 20),
+    logprobs=st.integers(0, 20),
+    logit_bias=st.dictionaries(u32, st.floats(-100, 100), max_size=3),
+    allowed_token_ids=st.none() | st.lists(u32, min_size=1, max_size=3),
+    bad_words_token_ids=st.lists(st.lists(u32, min_size=1, max_size=3), max_size=3),
+    prompt_logprobs=st.none() | st.integers(0, 20),
+    logprob_token_ids=st.lists(u32, max_size=3),
+    repetition_detection=st.none()
+    | st.builds(
+        RepetitionDetection, st.integers(9, 1024), st.integers(0, 9), st.integers(2, 2**32 - 1)
+    ),
+    structured_outputs=st.none()
+    | st.builds(
+        StructuredOutput,
+        st.sampled_from(sorted(set(StructuredKind) - {StructuredKind.JSON_OBJECT})),
+        st.text(min_size=1, max_size=9),
+        st.booleans(),
+    ),
+)
+sampling = _full_sampling | _full_sampling.map(
+    lambda params: replace(params, logprobs=None, logprob_token_ids=())
 )
 
 
@@ -140,7 +162,8 @@ def with_request(draw: st.DrawFn, make: Callable[..., Any], *more: st.SearchStra
 @st.composite
 def chunks(draw: st.DrawFn) -> TokenChunk:
     token_ids = draw(ids)
-    logprobs = st.builds(Logprobs, f32, u32, st.lists(st.tuples(u32, f32), max_size=2).map(tuple))
+    tops = st.lists(st.tuples(u32, f32), max_size=2).map(tuple)
+    logprobs = st.builds(Logprobs, f32, u32, tops, tops)
     return TokenChunk(
         leg=draw(leg),
         choice=draw(u32),
@@ -300,6 +323,10 @@ def spoil_submit(**changes: Any) -> Any:
         {"request__sampling__temperature": float("nan")},
         {"request__sampling__top_p": float("inf")},
         {"request__sampling__max_tokens": 0},
+        {"request__sampling__prompt_logprobs": 21},
+        {"request__sampling__repetition_detection__min_count": 1},
+        {"request__sampling__structured_outputs__kind": 9},
+        {"request__sampling__structured_outputs__text": "kind 0"},
         {"request__salt": b"x" * (wire_types.MAX_SALT_BYTES + 1)},
     ],
 )

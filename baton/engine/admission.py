@@ -24,6 +24,9 @@ def check_request(config: EngineConfig, kind: LegKind, request: Request) -> None
     for ids in (prompt, *outputs):
         if ids and not (min(ids) >= 0 and max(ids) < config.vocab_size):
             raise InvalidRequest("a token id is outside the vocabulary", "prompt")
+    largest, param = sampling.max_token_id()
+    if largest >= config.vocab_size:
+        raise InvalidRequest(f"{param} has a token id outside the vocabulary", param)
     if sampling.seed is None and sampling.temperature > 0:
         raise InvalidRequest("a sampled request needs a seed", "seed")
     if len(prompt) >= config.max_model_len:
