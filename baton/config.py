@@ -8,6 +8,7 @@ The command line, the environment and YAML are three spellings of the same field
 vLLM has them. An unknown key or a bad value is a `ConfigError` of one line.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -43,7 +44,20 @@ def _split_list(value: object) -> object:
     return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
 
+def _json_object(value: object) -> object:
+    """JSON text of an object; YAML may have the object itself."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    try:
+        parsed = json.loads(text)
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise ValueError("must be a JSON object")
+    return text
+
+
 ByteSize = Annotated[int, BeforeValidator(_parse_size), Field(gt=0)]
+JsonText = Annotated[str, BeforeValidator(_json_object)]
 StrList = Annotated[tuple[str, ...], BeforeValidator(_split_list)]
 SecretList = Annotated[tuple[SecretStr, ...], BeforeValidator(_split_list)]
 
@@ -173,11 +187,48 @@ class GatewaySettings(_Section):
     max_pending_requests: int = Field(
         1024, gt=0, description="Open requests before new ones get 429."
     )
-    max_body_bytes: ByteSize = Field(16 * 2**20, description="Largest request body.")
     request_timeout_s: float = Field(600.0, gt=0, description="Deadline of one request.")
     tokenizer_threads: int = Field(2, gt=0, description="Threads that tokenize and render.")
     drain_timeout_s: float = Field(
         30.0, gt=0, description="How long streams may go on after SIGTERM."
+    )
+    generation_config: str = Field(
+        "auto",
+        description="Defaults of sampling: auto = the model's generation_config.json; vllm = none; "
+        "else a folder or file.",
+    )
+    override_generation_config: JsonText = Field(
+        "{}", description='JSON put over it, e.g. {"temperature": 0.5}.'
+    )
+    return_tokens_as_token_ids: bool = Field(
+        False, description="Show tokens of logprobs as token_id:N."
+    )
+    stream_interval: int = Field(1, gt=0, description="Tokens in one chunk of a stream, at least.")
+
+
+class LimitSettings(_Section):
+    """Limits of one HTTP request"""
+
+    max_body_bytes: ByteSize = Field(16 * 2**20, description="Largest request body.")
+    max_buffered_body_bytes: ByteSize = Field(
+        256 * 2**20, description="Bodies of all requests that are being read or answered."
+    )
+    max_header_bytes: ByteSize = Field(64 * 2**10, description="Request line and headers together.")
+    max_headers: int = Field(100, gt=0, description="Number of headers.")
+    max_json_depth: int = Field(64, gt=0, le=200, description="Nesting of a JSON body.")
+    max_choices: int = Field(128, gt=0, le=4096, description="Prompts × n.")
+    max_request_tokens: int = Field(
+        4 * 2**20,
+        gt=0,
+        description="Tokens that one request may take: prompts, and n × max_tokens.",
+    )
+    header_timeout_s: float = Field(10.0, gt=0, description="To receive the headers.")
+    body_timeout_s: float = Field(30.0, gt=0, description="To receive the body.")
+    slow_client_timeout_s: float = Field(
+        60.0, gt=0, description="How long a client may take nothing of an answer."
+    )
+    sse_keep_alive_interval: float = Field(
+        15.0, ge=0, description="Seconds of silence until a stream gets a comment; 0 = never."
     )
 
 
@@ -196,7 +247,7 @@ class FleetSettings(_Section):
     decode_workers: int = Field(1, ge=0, description="Decode workers on this host.")
 
 
-class GatewayConfig(GatewaySettings, ModelSettings, ClusterSettings, LogSettings):
+class GatewayConfig(GatewaySettings, LimitSettings, ModelSettings, ClusterSettings, LogSettings):
     """What `baton gateway` needs; of the model it uses name, tokenizer and revision."""
 
 
@@ -207,6 +258,7 @@ class WorkerConfig(WorkerSettings, ModelSettings, EngineSettings, ClusterSetting
 class ServeConfig(
     FleetSettings,
     GatewaySettings,
+    LimitSettings,
     WorkerSettings,
     ModelSettings,
     EngineSettings,

@@ -1,5 +1,6 @@
-"""What both generation endpoints do alike: make the job, its response, and the common JSON."""
+"""What the generation endpoints do alike: make the job, its response, and the common JSON."""
 
+import re
 import time
 import uuid
 from typing import Any
@@ -7,17 +8,27 @@ from typing import Any
 from fastapi import Request
 
 import baton
-from baton.errors import Cause, InvalidRequest
+from baton.errors import InvalidRequest
 from baton.gateway.accounting import RequestRecord
+from baton.gateway.backend import ServedModel
 from baton.gateway.context import Context
-from baton.gateway.generation import Generation, Job, Tokenize, Usage
+from baton.gateway.generation import Encode, Generation, Job, Usage
 from baton.gateway.openai import ChatCompletionRequest, CompletionRequest
-from baton.gateway.stream import GenerationResponse, Shape
+from baton.gateway.stream import GenerationResponse, Shape, Streaming
 from baton.hashing import join_salt
 from baton.types import SamplingParams
 
-MAX_CHARS_PER_TOKEN = 256  # no vocabulary in use has a longer token
 Body = CompletionRequest | ChatCompletionRequest
+FINGERPRINT = f"baton-{baton.__version__}"
+_UNSAFE_ID_CHARS = re.compile(r"[^A-Za-z0-9._:-]")
+# Fields of vLLM's answers that have no meaning here; whole answers carry them as nulls.
+NO_EXTRAS = {
+    "service_tier": None,
+    "kv_transfer_params": None,
+    "ec_transfer_params": None,
+    "metrics": None,
+}
+NO_CHOICE_EXTRAS = {"routed_experts": None, "weight_versions": None}
 
 
 def start(
@@ -28,7 +39,7 @@ def start(
     endpoint: str,
     id_prefix: str,
     prompt_param: str,
-    tokenize: Tokenize,
+    encode: Encode,
 ) -> Generation:
     """
     Raises:
@@ -37,68 +48,66 @@ def start(
     """
     body.check()
     model = context.find_model(body.model)
-    sampling = body.sampling(context.tokenizers.tokenizer.sampling_defaults)
-    _check_against_model(sampling, model.max_model_len, model.vocab_size, body)
+    sampling = body.params(context.defaults)
+    check_against_model(sampling, model, body.length_field)
     job = Job(
         id=f"{id_prefix}-{uuid.uuid4().hex}",
+        public_id=public_id(id_prefix, body.request_id, request),
         model=model,
         sampling=sampling,
-        tokenize=tokenize,
+        encode=encode,
         prompt_param=prompt_param,
         salt=join_salt(b"", (body.cache_salt or "").encode()),
         priority=body.priority,
-        skip_special_tokens=body.skip_special_tokens,
+        skip_special_tokens=not body.shows_special_tokens(context.defaults),
+        wants_output=body.wants_output,
     )
     record = RequestRecord(context.metrics, endpoint, job.id, request.state.request_id)
     return Generation(context, job, record)
 
 
-def _check_against_model(
-    sampling: SamplingParams, max_model_len: int, vocab_size: int, body: Body
-) -> None:
-    max_tokens = sampling.max_tokens
+def public_id(prefix: str, asked: str | None, request: Request) -> str:
+    """The id in the answer: the client's own, from the body or X-Request-Id, if there is one."""
+    suffix = _UNSAFE_ID_CHARS.sub("", asked or "") or request.state.request_id
+    return f"{prefix}-{suffix}"
+
+
+def check_against_model(sampling: SamplingParams, model: ServedModel, length_field: str) -> None:
+    """
+    Raises:
+        InvalidRequest: the model is too short for it, or lacks a token id.
+    """
+    max_tokens, max_model_len = sampling.max_tokens, model.max_model_len
     if max_tokens is not None and max_tokens > max_model_len:
-        renamed = getattr(body, "max_completion_tokens", None) is not None
-        name = "max_completion_tokens" if renamed else "max_tokens"
         raise InvalidRequest(
-            f"{name} is {max_tokens}, but the model's length is {max_model_len} tokens.", name
+            f"{length_field} is {max_tokens}, but the model's length is {max_model_len} tokens.",
+            length_field,
         )
-    if any(not 0 <= token_id < vocab_size for token_id in sampling.stop_token_ids):
+    if any(not 0 <= token_id < model.vocab_size for token_id in sampling.stop_token_ids):
         raise InvalidRequest("stop_token_ids has an id out of the vocabulary.", "stop_token_ids")
-
-
-def check_num_chars(num_chars: int, max_model_len: int, param: str) -> None:
-    """Refuse a text that cannot fit, before the time to tokenize it is spent."""
-    if num_chars > max_model_len * MAX_CHARS_PER_TOKEN:
-        raise InvalidRequest(
-            f"The prompt has {num_chars} characters, more than {max_model_len} tokens can hold.",
-            param,
-            Cause.CONTEXT_LENGTH_EXCEEDED,
-        )
 
 
 def respond(
     context: Context, body: Body, generation: Generation, shape: Shape
 ) -> GenerationResponse:
     options = body.stream_options
-    return GenerationResponse(
-        generation,
-        shape,
-        context.limits,
-        stream=body.stream,
+    streaming = Streaming(
         include_usage=options is not None and options.include_usage,
         continuous_usage=options is not None and options.continuous_usage_stats,
+        interval=max(body.stream_interval or 1, context.settings.stream_interval),
+    )
+    return GenerationResponse(
+        generation, shape, context.limits, streaming=streaming if body.stream else None
     )
 
 
 def envelope(generation: Generation, kind: str) -> dict[str, Any]:
     """The fields that an answer, or every chunk of a stream, starts with."""
     return {
-        "id": generation.job.id,
+        "id": generation.job.public_id,
         "object": kind,
         "created": int(time.time()),  # for people; nothing is measured with it
         "model": generation.job.model.name,
-        "system_fingerprint": f"baton-{baton.__version__}",
     }
 
 

@@ -11,8 +11,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
+from baton.config import LimitSettings
 from baton.errors import BatonError, InvalidRequest
-from baton.gateway.limits import Limits
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -71,7 +71,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 class _JsonRequest(Request):
     """Reads the body once, before FastAPI asks for it."""
 
-    async def load(self, limits: Limits) -> None:
+    async def load(self, limits: LimitSettings) -> None:
         try:
             async with asyncio.timeout(limits.body_timeout_s):
                 body = await self.body()
@@ -87,7 +87,7 @@ class _JsonRequest(Request):
         return self._parsed
 
 
-def json_route(limits: Limits, on_refused: OnRefused) -> type[APIRoute]:
+def json_route(limits: LimitSettings, on_refused: OnRefused) -> type[APIRoute]:
     """The route class of endpoints that take JSON. `on_refused` hears of every request that does
     not get as far as an answer."""
 

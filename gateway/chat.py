@@ -6,13 +6,23 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 
-from baton.gateway.answers import check_num_chars, envelope, respond, start, usage_body
+from baton.gateway.answers import (
+    FINGERPRINT,
+    NO_CHOICE_EXTRAS,
+    NO_EXTRAS,
+    envelope,
+    respond,
+    start,
+    usage_body,
+)
 from baton.gateway.backend import ServedModel
-from baton.gateway.choice import Delta
+from baton.gateway.choice import Delta, joined
 from baton.gateway.context import Context
-from baton.gateway.generation import Generation, TokenIds, Usage
-from baton.gateway.logprobs import LogprobWriter, joined
+from baton.gateway.generation import Generation, Usage
+from baton.gateway.logprobs import LogprobWriter
 from baton.gateway.openai import ChatCompletionRequest
+from baton.gateway.prompts import Prompt, Truncation, render_prompt
+from baton.text import message_text
 
 PATH = "/v1/chat/completions"
 
@@ -22,32 +32,34 @@ def chat_router(context: Context, route_class: type[APIRoute]) -> APIRouter:
 
     @router.post(PATH, response_class=Response)
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
-        async def tokenize(model: ServedModel) -> Sequence[TokenIds]:
-            return (await _token_ids(context, body, model),)
-
-        generation = start(
-            context,
-            request,
-            body,
-            endpoint=PATH,
-            id_prefix="chatcmpl",
-            prompt_param="messages",
-            tokenize=tokenize,
-        )
-        return respond(context, body, generation, ChatShape(context, body, generation))
+        return chat(context, body, request, PATH)
 
     return router
 
 
-async def _token_ids(context: Context, body: ChatCompletionRequest, model: ServedModel) -> TokenIds:
+def chat(
+    context: Context, body: ChatCompletionRequest, request: Request, endpoint: str
+) -> Response:
     """
     Raises:
-        InvalidRequest: the messages are malformed, refused by the template, or far too long.
+        BatonError: refused.
     """
-    text = await context.tokenizers.render_chat(body.messages, **body.template_options())
-    check_num_chars(len(text), model.max_model_len, "messages")
-    ids = await context.tokenizers.encode(text, add_special_tokens=body.add_special_tokens)
-    return tuple(ids)
+
+    async def encode(model: ServedModel) -> Sequence[Prompt]:
+        truncation = Truncation.to_fit(body, model.max_model_len)
+        length = model.max_model_len
+        return [await render_prompt(context, body, max_model_len=length, truncation=truncation)]
+
+    generation = start(
+        context,
+        request,
+        body,
+        endpoint=endpoint,
+        id_prefix="chatcmpl",
+        prompt_param="messages",
+        encode=encode,
+    )
+    return respond(context, body, generation, ChatShape(context, body, generation))
 
 
 class ChatShape:
@@ -59,27 +71,43 @@ class ChatShape:
         self._chunk = envelope(generation, "chat.completion.chunk")
         self._whole = envelope(generation, "chat.completion")
         self._generation = generation
+        self._role = _role(body)
+        self._echo = _echo(body, self._role)
         self._return_token_ids = body.return_token_ids
+        self._return_prompt_text = body.return_prompt_text
+        self._usage_chunk_follows = body.include_usage
+        as_ids = body.return_tokens_as_token_ids
         self._logprobs = (
-            LogprobWriter(context.tokenizers.tokenizer, body.top_logprobs)
+            LogprobWriter(
+                context.tokenizers.tokenizer,
+                body.top_logprobs,
+                as_ids=context.settings.return_tokens_as_token_ids if as_ids is None else as_ids,
+            )
             if body.logprobs
             else None
         )
 
     def chunks(self, delta: Delta, usage: Usage | None) -> Sequence[dict[str, Any]]:
         chunk = {**self._chunk, "choices": [self._choice_of(delta)]}
+        if delta.finish_reason is not None and not self._usage_chunk_follows:
+            chunk["system_fingerprint"] = FINGERPRINT
         if usage is not None:
             chunk["usage"] = usage_body(usage)
-        return (self._role_chunk(delta.index, usage), chunk) if delta.first else (chunk,)
+        return (*self._opening(delta.index, usage), chunk) if delta.first else (chunk,)
 
-    def _role_chunk(self, index: int, usage: Usage | None) -> dict[str, Any]:
-        delta = {"role": "assistant", "content": ""}
+    def _opening(self, index: int, usage: Usage | None) -> Sequence[dict[str, Any]]:
+        """The role, and what is echoed."""
+        first = self._bare_chunk(index, {"role": self._role, "content": ""}, usage)
+        first.update(self._prompt_fields())
+        if not self._echo:
+            return (first,)
+        return first, self._bare_chunk(index, {"content": self._echo}, usage)
+
+    def _bare_chunk(self, index: int, delta: dict[str, Any], usage: Usage | None) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         chunk: dict[str, Any] = {**self._chunk, "choices": [choice]}
         if usage is not None:
             chunk["usage"] = usage_body(Usage(usage.prompt_tokens, 0, usage.cached_tokens))
-        if self._return_token_ids:
-            chunk["prompt_token_ids"] = list(self._generation.prompts[0])
         return chunk
 
     def _choice_of(self, delta: Delta) -> dict[str, Any]:
@@ -89,35 +117,71 @@ class ChatShape:
             "logprobs": self._logprobs.chat(delta) if self._logprobs else None,
             "finish_reason": delta.finish_reason,
         }
-        return self._finish(choice, (delta,))
+        if delta.finish_reason is not None:
+            choice["stop_reason"] = delta.stop_reason
+        if self._return_token_ids:
+            choice["token_ids"] = list(delta.token_ids)
+        return choice
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        return {**self._chunk, "choices": [], "usage": usage_body(usage)}
+        return {
+            **self._chunk,
+            "choices": [],
+            "usage": usage_body(usage),
+            "system_fingerprint": FINGERPRINT,
+        }
 
     def answer(self, choices: Sequence[Sequence[Delta]], usage: Usage) -> dict[str, Any]:
-        whole = {
+        return {
             **self._whole,
-            "choices": [self._message_of(deltas) for deltas in choices],
+            "choices": [self._message_of(joined(deltas)) for deltas in choices],
             "usage": usage_body(usage),
+            "system_fingerprint": FINGERPRINT,
+            **NO_EXTRAS,
+            "prompt_logprobs": None,
+            "prompt_token_ids": None,
+            "prompt_text": None,
+            **self._prompt_fields(),
         }
-        if self._return_token_ids:
-            whole["prompt_token_ids"] = list(self._generation.prompts[0])
-        return whole
 
-    def _message_of(self, deltas: Sequence[Delta]) -> dict[str, Any]:
-        text = "".join(delta.text for delta in deltas)
-        logprobs = self._logprobs
-        choice: dict[str, Any] = {
-            "index": deltas[0].index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": joined([logprobs.chat(delta) for delta in deltas]) if logprobs else None,
-            "finish_reason": deltas[-1].finish_reason,
+    def _prompt_fields(self) -> dict[str, Any]:
+        (prompt,) = self._generation.prompts
+        fields: dict[str, Any] = {}
+        if self._return_token_ids:
+            fields["prompt_token_ids"] = list(prompt.token_ids)
+        if self._return_prompt_text:
+            fields["prompt_text"] = prompt.text
+        return fields
+
+    def _message_of(self, delta: Delta) -> dict[str, Any]:
+        return {
+            "index": delta.index,
+            "message": {
+                "role": self._role,
+                "content": self._echo + delta.text,
+                "refusal": None,
+                "annotations": None,
+                "audio": None,
+                "function_call": None,
+                "reasoning": None,
+            },
+            "logprobs": self._logprobs.chat(delta) if self._logprobs else None,
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+            "token_ids": list(delta.token_ids) if self._return_token_ids else None,
+            **NO_CHOICE_EXTRAS,
         }
-        return self._finish(choice, deltas)
 
-    def _finish(self, choice: dict[str, Any], deltas: Sequence[Delta]) -> dict[str, Any]:
-        if deltas[-1].finish_reason is not None:
-            choice["stop_reason"] = deltas[-1].stop_reason
-        if self._return_token_ids:
-            choice["token_ids"] = [token_id for delta in deltas for token_id in delta.token_ids]
-        return choice
+
+def _role(body: ChatCompletionRequest) -> str:
+    """Without a generation prompt, the model goes on as whoever spoke last."""
+    last = body.messages[-1].get("role") if body.messages else None
+    continues = body.continue_final_message or not body.add_generation_prompt
+    return last if continues and isinstance(last, str) else "assistant"
+
+
+def _echo(body: ChatCompletionRequest, role: str) -> str:
+    """The last message's text, if the answer goes on in its role."""
+    if not body.echo or not body.messages or body.messages[-1].get("role") != role:
+        return ""
+    return message_text(body.messages[-1])

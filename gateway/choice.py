@@ -1,5 +1,6 @@
 """One choice of an answer: tokens in, text out, and when it is over."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baton.errors import BatonError, Cause
@@ -25,6 +26,22 @@ class Delta:
     first: bool  # the choice's first
     finish_reason: str | None = None
     stop_reason: str | int | None = None  # stop string or stop id; None for EOS and length
+
+
+def joined(deltas: Sequence[Delta]) -> Delta:
+    """Consecutive deltas of one choice as one."""
+    first, last = deltas[0], deltas[-1]
+    if first is last:
+        return first
+    return Delta(
+        first.index,
+        "".join(delta.text for delta in deltas),
+        tuple(token_id for delta in deltas for token_id in delta.token_ids),
+        tuple(entry for delta in deltas for entry in delta.logprobs),
+        first.first,
+        last.finish_reason,
+        last.stop_reason,
+    )
 
 
 class Choice:

@@ -1,11 +1,12 @@
 """What every endpoint works with; made once by `create_app`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from baton.config import GatewaySettings
+from baton.config import GatewaySettings, LimitSettings
 from baton.errors import BatonError, Cause, InvalidRequest
 from baton.gateway.backend import Backend, ServedModel
-from baton.gateway.limits import Limits
+from baton.gateway.defaults import SamplingDefaults
+from baton.gateway.inflight import InFlight
 from baton.telemetry import GatewayMetrics
 from baton.text import TokenizerPool
 
@@ -16,7 +17,9 @@ class Context:
     tokenizers: TokenizerPool
     settings: GatewaySettings
     metrics: GatewayMetrics
-    limits: Limits
+    limits: LimitSettings
+    defaults: SamplingDefaults
+    inflight: InFlight = field(default_factory=InFlight)
 
     def find_model(self, name: str | None) -> ServedModel:
         """The model that a request means; without a name, the one that is served.

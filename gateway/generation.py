@@ -1,6 +1,7 @@
 """The work behind one HTTP request: tokenize, open a stream per prompt, merge them, make text."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -10,24 +11,26 @@ from baton.gateway.accounting import RequestRecord
 from baton.gateway.backend import RequestStream, ServedModel
 from baton.gateway.choice import Choice, Delta
 from baton.gateway.context import Context
+from baton.gateway.prompts import Prompt, TokenIds
 from baton.types import Request, SamplingParams, TokenChunk
 
-TokenIds = tuple[int, ...]
-Tokenize = Callable[[ServedModel], Awaitable[Sequence[TokenIds]]]
+Encode = Callable[[ServedModel], Awaitable[Sequence[Prompt]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """What a body asks for, validated as far as that goes without its token ids."""
 
-    id: str  # minted here: "cmpl-…"
+    id: str  # minted here: "cmpl-…"; the only one that anything is looked up by
+    public_id: str  # in the answer; the client may have chosen a part of it
     model: ServedModel
     sampling: SamplingParams  # max_tokens None: up to the model's length
-    tokenize: Tokenize
+    encode: Encode
     prompt_param: str  # the field that prompts come from
     salt: bytes
     priority: int = 0
     skip_special_tokens: bool = True
+    wants_output: bool = True  # False: the prompt alone is of interest
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +45,25 @@ class Usage:
 class Generation:
     """Runs one job. `deltas` is iterated once; `close` ends it in any state.
 
-    After `abort` (the client is gone) the iteration ends without an error and without the rest.
+    After `abort` (the client is gone) the iteration ends without an error and without the rest;
+    after `fail` with that error.
     """
 
     def __init__(self, context: Context, job: Job, record: RequestRecord) -> None:
         self.job = job
         self.record = record
         self.aborted = False
-        self.prompts: Sequence[TokenIds] = ()
+        self.prompts: Sequence[Prompt] = ()
         self._context = context
+        self._failure: BatonError | None = None
         self._streams: list[RequestStream] = []
         self._choices: list[Choice] = []
         self._first: RequestStream | None = None  # the stream of the first token
+        context.inflight.begin(self)
+
+    def prompt_of(self, index: int) -> Prompt:
+        """Of the choice with this index."""
+        return self.prompts[index // self.job.sampling.n]
 
     def first_byte(self) -> None:
         """The client was given its first token just now."""
@@ -65,15 +75,21 @@ class Generation:
         for stream in self._streams:
             stream.abort()
 
+    def fail(self, error: BatonError) -> None:
+        self._failure = error
+        for stream in self._streams:
+            stream.abort()
+
     def close(self) -> None:
         """Nothing of this job runs afterwards, here or on a worker."""
         for stream in self._streams:
             stream.abort()
         self.record.close([stream.report for stream in self._streams])
+        self._context.inflight.end(self, time.monotonic())
 
     def usage(self) -> Usage:
         return Usage(
-            prompt_tokens=sum(len(prompt) for prompt in self.prompts),
+            prompt_tokens=sum(len(prompt.token_ids) for prompt in self.prompts),
             completion_tokens=sum(choice.num_tokens for choice in self._choices),
             cached_tokens=sum(stream.report.num_cached_tokens for stream in self._streams),
         )
@@ -83,11 +99,19 @@ class Generation:
         Raises:
             BatonError: the job cannot be served, or failed.
         """
-        prompts = await self.job.tokenize(self.job.model)
+        prompts = await self.job.encode(self.job.model)
         requests = [self._request(number, prompt) for number, prompt in enumerate(prompts)]
-        if self.aborted:
+        self._check_budget(requests)
+        if self.aborted or self._failure is not None:
+            self._raise_failure()
             return
-        self._open(prompts, requests)
+        self.prompts = prompts
+        self.record.opened(sum(len(prompt.token_ids) for prompt in prompts))
+        if not self.job.wants_output:
+            for index in range(len(requests) * self.job.sampling.n):
+                yield Delta(index, "", (), (), True, "length")
+            return
+        self._open(requests)
         async with aclosing(_merge(self._streams)) as chunks:
             async for number, chunk in chunks:
                 choice = self._choices[number * self.job.sampling.n + chunk.choice]
@@ -100,15 +124,20 @@ class Generation:
                     self._first = self._streams[number]
                 self.record.token(delta)
                 yield delta
+        self._raise_failure()
         if not self.aborted and not all(choice.finished for choice in self._choices):
             raise BatonError(Cause.INTERNAL, "a stream ended before its choices did")
 
-    def _request(self, number: int, prompt: TokenIds) -> Request:
+    def _raise_failure(self) -> None:
+        if self._failure is not None and not self.aborted:
+            raise self._failure
+
+    def _request(self, number: int, prompt: Prompt) -> Request:
         deadline_ms = int(self._context.settings.request_timeout_s * 1e3)
         return Request(
             request_id=f"{self.job.id}-{number}",
-            prompt_token_ids=prompt,
-            sampling=self._fit(prompt),
+            prompt_token_ids=prompt.token_ids,
+            sampling=self._fit(prompt.token_ids),
             salt=self.job.salt,
             priority=self.job.priority,
             deadline_ms=deadline_ms,
@@ -137,14 +166,31 @@ class Generation:
                 param,
                 Cause.CONTEXT_LENGTH_EXCEEDED,
             )
-        max_tokens = min(room, room if sampling.max_tokens is None else sampling.max_tokens)
+        longest = self._context.defaults.max_new_tokens
+        bounds = (room, sampling.max_tokens, longest)
+        max_tokens = min(bound for bound in bounds if bound is not None)
         return replace(
             sampling, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens)
         )
 
-    def _open(self, prompts: Sequence[TokenIds], requests: Sequence[Request]) -> None:
-        self.prompts = prompts
-        self.record.opened(sum(len(prompt) for prompt in prompts))
+    def _check_budget(self, requests: Sequence[Request]) -> None:
+        """
+        Raises:
+            InvalidRequest: prompts and outputs together are more than one request may take.
+        """
+        budget = self._context.limits.max_request_tokens
+        num_tokens = sum(
+            len(request.prompt_token_ids) + request.sampling.n * (request.sampling.max_tokens or 0)
+            for request in requests
+        )
+        if num_tokens > budget:
+            raise InvalidRequest(
+                f"Prompts and n × max_tokens come to {num_tokens} tokens; one request may have "
+                f"{budget}.",
+                "max_tokens",
+            )
+
+    def _open(self, requests: Sequence[Request]) -> None:
         num_choices = len(requests) * self.job.sampling.n
         self._choices = [self._choice(index) for index in range(num_choices)]
         for request in requests:

@@ -9,12 +9,12 @@ import hmac
 import re
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from baton.config import LimitSettings
 from baton.errors import BatonError, Cause
 from baton.gateway.errors import api_error
 
@@ -22,19 +22,6 @@ from baton.gateway.errors import api_error
 OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/metrics", "/docs", "/openapi.json"})
 _UNSAFE_ID_CHARS = re.compile(r"[^A-Za-z0-9._:-]")
 _MAX_ID_CHARS = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Bounds of one HTTP request and its answer."""
-
-    max_body_bytes: int = 16 * 2**20
-    max_header_bytes: int = 64 * 2**10
-    max_headers: int = 100
-    max_json_depth: int = 64
-    body_timeout_s: float = 30.0  # to receive a whole body
-    keep_alive_s: float = 15.0  # silence after which a stream gets a comment; 0 = never
-    slow_client_s: float = 60.0  # how long one write may wait for the client to read
 
 
 class Keys:
@@ -61,7 +48,7 @@ class Keys:
 class Guard:
     """The ASGI layer. Sets `scope["state"]["request_id"]`, for logs and headers only."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, keys: Sequence[str] = ()) -> None:
+    def __init__(self, app: ASGIApp, limits: LimitSettings, keys: Sequence[str] = ()) -> None:
         self._app = app
         self._limits = limits
         self._keys = Keys(keys)

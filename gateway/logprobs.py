@@ -1,7 +1,6 @@
 """Log-probabilities in the two shapes that OpenAI has for them."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from baton.gateway.choice import Delta
@@ -16,14 +15,17 @@ def _finite(logprob: float) -> float:
 
 
 class LogprobWriter:
-    """`num_top`: alternatives that the client asked for."""
+    """`num_top`: alternatives that the client asked for. `as_ids`: tokens read "token_id:N"."""
 
-    def __init__(self, tokenizer: Tokenizer, num_top: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, num_top: int, *, as_ids: bool = False) -> None:
         self._tokenizer = tokenizer
         self._num_top = num_top
+        self._as_ids = as_ids
         self._offsets: dict[int, int] = {}  # choice → characters of its tokens so far
 
     def _text(self, token_id: int) -> str:
+        if self._as_ids:
+            return f"token_id:{token_id}"
         return self._tokenizer.token_bytes(token_id).decode(errors="replace")
 
     def completion(self, delta: Delta) -> dict[str, Any]:
@@ -66,16 +68,7 @@ class LogprobWriter:
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         raw = self._tokenizer.token_bytes(token_id)
         return {
-            "token": raw.decode(errors="replace"),
+            "token": self._text(token_id),
             "logprob": _finite(logprob),
             "bytes": list(raw),
         }
-
-
-def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One logprobs object from those of consecutive deltas: list fields are concatenated."""
-    whole: dict[str, Any] = {}
-    for part in parts:
-        for name, value in part.items():
-            whole[name] = whole.get(name, []) + value if isinstance(value, list) else value
-    return whole

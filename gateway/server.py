@@ -18,10 +18,9 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from baton.config import GatewayConfig
-from baton.gateway import completions
 from baton.gateway.app import create_app
 from baton.gateway.context import Context
-from baton.gateway.limits import Limits
+from baton.gateway.defaults import SamplingDefaults
 from baton.gateway.orchestrate import Orchestrator
 from baton.telemetry import GatewayMetrics
 from baton.text import Tokenizer, TokenizerPool
@@ -36,12 +35,13 @@ def run(config: GatewayConfig) -> int:
     """Serve until a signal; returns the exit status."""
     try:
         tokenizer = Tokenizer.from_pretrained(config.tokenizer_source, revision=config.revision)
-        listener = listen(config.host, config.port, Limits().slow_client_s)
+        defaults = SamplingDefaults.load(config, tokenizer)
+        listener = listen(config.host, config.port, config.slow_client_timeout_s)
     except (ValueError, OSError) as error:
         log.error("%s", error)
         return 1
     with listener:
-        return asyncio.run(_serve(config, tokenizer, listener))
+        return asyncio.run(_serve(config, tokenizer, defaults, listener))
 
 
 def listen(host: str, port: int, slow_client_s: float) -> socket.socket:
@@ -63,12 +63,16 @@ def listen(host: str, port: int, slow_client_s: float) -> socket.socket:
     return listener
 
 
-async def _serve(config: GatewayConfig, tokenizer: Tokenizer, listener: socket.socket) -> int:
-    limits = Limits(max_body_bytes=config.max_body_bytes)
+async def _serve(
+    config: GatewayConfig,
+    tokenizer: Tokenizer,
+    defaults: SamplingDefaults,
+    listener: socket.socket,
+) -> int:
     pool = TokenizerPool(
         tokenizer,
         num_threads=config.tokenizer_threads,
-        max_pending=config.max_pending_requests + completions.MAX_CHOICES,
+        max_pending=config.max_pending_requests + config.max_choices,
     )
     try:
         orchestrator = Orchestrator(config)
@@ -86,7 +90,7 @@ async def _serve(config: GatewayConfig, tokenizer: Tokenizer, listener: socket.s
             pool.close()
 
     metrics = GatewayMetrics(CollectorRegistry())
-    app = create_app(Context(orchestrator, pool, config, metrics, limits), lifespan)
+    app = create_app(Context(orchestrator, pool, config, metrics, config, defaults), lifespan)
     server = Server(app, config.drain_timeout_s, on_drain=orchestrator.drain)
     host, port = listener.getsockname()[:2]
     log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)

@@ -2,15 +2,16 @@
 
 A client that disconnects ends its request at once, in every phase. Until the first token nothing is
 sent, so that a failure is a plain status; except that a stream which stays silent for
-`Limits.keep_alive_s` is opened with a comment. After that a failure is an `error` event, and the
-stream ends without `[DONE]`.
+`--sse-keep-alive-interval` is opened with a comment. After that a failure is an `error` event, and
+the stream ends without `[DONE]`.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastapi import Response
@@ -18,12 +19,12 @@ from fastapi.responses import JSONResponse
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
+from baton.config import LimitSettings
 from baton.errors import BatonError
 from baton.gateway.accounting import OK, outcome_of
-from baton.gateway.choice import Delta
+from baton.gateway.choice import Delta, joined
 from baton.gateway.errors import api_error
 from baton.gateway.generation import Generation, Usage
-from baton.gateway.limits import Limits
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,15 @@ _HEADERS = [
 _COMMENT = b": keep-alive\n\n"
 _DONE = b"data: [DONE]\n\n"
 _WRITES_PER_TURN = 32  # a stream with many tokens waiting lets the others in between
+
+
+@dataclass(frozen=True, slots=True)
+class Streaming:
+    """How an answer is to be streamed."""
+
+    include_usage: bool = False  # in a last chunk of its own
+    continuous_usage: bool = False  # in every chunk
+    interval: int = 1  # tokens in one chunk, at least; the first of a choice goes at once
 
 
 class Shape(Protocol):
@@ -61,7 +71,7 @@ class EventWriter:
     Two tasks write: the stream and its keep-alive; the lock keeps their messages whole.
     """
 
-    def __init__(self, send: Send, limits: Limits) -> None:
+    def __init__(self, send: Send, limits: LimitSettings) -> None:
         self.started = False
         self._send = send
         self._lock = asyncio.Lock()
@@ -75,7 +85,7 @@ class EventWriter:
     async def write(self, data: bytes) -> None:
         """
         Raises:
-            ClientStalled: buffers were full for `slow_client_s`.
+            ClientStalled: buffers were full for `slow_client_timeout_s`.
         """
         await self._put(data, more=True)
         self._last_write_s = time.monotonic()
@@ -88,7 +98,7 @@ class EventWriter:
 
     async def _put(self, data: bytes, *, more: bool) -> None:
         try:
-            async with asyncio.timeout(self._limits.slow_client_s), self._lock:
+            async with asyncio.timeout(self._limits.slow_client_timeout_s), self._lock:
                 if not self.started:
                     self.started = True
                     await self._send(
@@ -99,8 +109,8 @@ class EventWriter:
             raise ClientStalled from None
 
     async def keep_alive(self) -> None:
-        """Runs beside the stream: a comment after every `keep_alive_s` of silence."""
-        interval_s = self._limits.keep_alive_s
+        """Runs beside the stream: a comment after every interval of silence."""
+        interval_s = self._limits.sse_keep_alive_interval
         while interval_s > 0:
             silent_s = time.monotonic() - self._last_write_s
             if silent_s >= interval_s:
@@ -116,25 +126,22 @@ class GenerationResponse(Response):
         self,
         generation: Generation,
         shape: Shape,
-        limits: Limits,
+        limits: LimitSettings,
         *,
-        stream: bool,
-        include_usage: bool = False,
-        continuous_usage: bool = False,
+        streaming: Streaming | None = None,
     ) -> None:
+        """Without `streaming`, one JSON body."""
         super().__init__()
         self._generation = generation
         self._shape = shape
         self._limits = limits
-        self._stream = stream
-        self._include_usage = include_usage
-        self._continuous_usage = continuous_usage
+        self._streaming = streaming
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watcher = asyncio.create_task(self._watch(receive))
         try:
-            if self._stream:
-                await self._send_events(scope, send)
+            if self._streaming is not None:
+                await self._send_events(self._streaming, scope, send)
             else:
                 await self._send_answer(scope, receive, send)
         except Exception as error:
@@ -163,11 +170,11 @@ class GenerationResponse(Response):
         body = self._shape.answer(in_order, generation.usage())
         await JSONResponse(body)(scope, receive, send)
 
-    async def _send_events(self, scope: Scope, send: Send) -> None:
+    async def _send_events(self, how: Streaming, scope: Scope, send: Send) -> None:
         writer = EventWriter(send, self._limits)
         keep_alive = asyncio.create_task(writer.keep_alive())
         try:
-            await self._write_deltas(writer)
+            await self._write_deltas(how, writer)
         except ClientStalled:
             # Returning without an end makes the server close the connection.
             log.info("%s: the client stopped reading", self._generation.job.id)
@@ -189,18 +196,30 @@ class GenerationResponse(Response):
         except ClientStalled:
             log.info("%s: the client stopped reading", self._generation.job.id)
 
-    async def _write_deltas(self, writer: EventWriter) -> None:
+    async def _write_deltas(self, how: Streaming, writer: EventWriter) -> None:
         generation = self._generation
         async with aclosing(generation.deltas()) as deltas:
-            async for delta in deltas:
-                usage = generation.usage() if self._continuous_usage else None
+            async for delta in _spaced(deltas, how.interval):
+                usage = generation.usage() if how.continuous_usage else None
                 for chunk in self._shape.chunks(delta, usage):
                     await writer.json(chunk)
                 if delta.first:
                     generation.first_byte()
         if generation.aborted:
             return
-        if self._include_usage:
+        if how.include_usage:
             await writer.json(self._shape.usage_chunk(generation.usage()))
         await writer.end(_DONE)
         generation.record.outcome = OK
+
+
+async def _spaced(deltas: AsyncIterator[Delta], interval: int) -> AsyncIterator[Delta]:
+    """Deltas of at least `interval` tokens, but for the first and the last of a choice."""
+    held: dict[int, list[Delta]] = {}
+    async for delta in deltas:
+        mine = held.setdefault(delta.index, [])
+        mine.append(delta)
+        num_tokens = sum(len(part.token_ids) for part in mine)
+        if delta.first or delta.finish_reason is not None or num_tokens >= interval:
+            del held[delta.index]
+            yield joined(mine)

@@ -1,6 +1,6 @@
 """Texts and token ids: tokenizer, chat template, detokenizer, stop strings. Never imports torch."""
 
-from baton.text.chat_template import ChatTemplate
+from baton.text.chat_template import ChatTemplate, message_text
 from baton.text.detokenizer import IncrementalDetokenizer
 from baton.text.output_text import OutputText
 from baton.text.pool import TokenizerPool
@@ -15,4 +15,5 @@ __all__ = [
     "Tokenizer",
     "TokenizerFiles",
     "TokenizerPool",
+    "message_text",
 ]

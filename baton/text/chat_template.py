@@ -155,6 +155,15 @@ def normalize_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return [_normalize(index, message) for index, message in enumerate(messages)]
 
 
+def message_text(message: Message) -> str:
+    """The content of one message as templates see it.
+
+    Raises:
+        InvalidRequest: param "messages".
+    """
+    return str(normalize_messages([message])[0]["content"])
+
+
 def _normalize(index: int, message: Message) -> dict[str, Any]:
     where = f"messages[{index}]"
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):

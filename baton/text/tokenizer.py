@@ -35,7 +35,15 @@ _SPECIAL_TOKENS = (
     "mask_token",
 )
 # The fields of generation_config.json that are defaults of a request, as in vLLM.
-_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_DEFAULTS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+)
 
 
 @dataclass(frozen=True, slots=True)

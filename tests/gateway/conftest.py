@@ -12,11 +12,11 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 import baton
-from baton.config import GatewaySettings
+from baton.config import GatewaySettings, LimitSettings
 from baton.gateway.app import create_app
 from baton.gateway.backend import ServedModel
 from baton.gateway.context import Context
-from baton.gateway.limits import Limits
+from baton.gateway.defaults import SamplingDefaults
 from baton.telemetry import GatewayMetrics
 from baton.text import Tokenizer, TokenizerPool
 from baton.types import Request
@@ -73,16 +73,17 @@ def settings() -> GatewaySettings:
 
 
 @pytest.fixture
-def limits() -> Limits:
-    return Limits()
+def limits() -> LimitSettings:
+    return LimitSettings()
 
 
 @pytest.fixture
 def context(
-    backend: FakeBackend, pool: TokenizerPool, settings: GatewaySettings, limits: Limits
+    backend: FakeBackend, pool: TokenizerPool, settings: GatewaySettings, limits: LimitSettings
 ) -> Context:
     metrics = GatewayMetrics(CollectorRegistry())
-    return Context(backend, pool, settings, metrics, limits)
+    defaults = SamplingDefaults.load(settings, pool.tokenizer)
+    return Context(backend, pool, settings, metrics, limits, defaults)
 
 
 @pytest.fixture

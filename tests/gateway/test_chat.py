@@ -24,11 +24,19 @@ async def test_whole_answer(
     (choice,) = body["choices"]
     assert choice == {
         "index": 0,
-        "message": {"role": "assistant", "content": "Hello world", "refusal": None},
+        "message": {
+            "role": "assistant",
+            "content": "Hello world",
+            **dict.fromkeys(("refusal", "annotations", "audio", "function_call", "reasoning")),
+        },
         "logprobs": None,
         "finish_reason": "length",
         "stop_reason": None,
+        **dict.fromkeys(("token_ids", "routed_experts", "weight_versions")),
     }
+    nulls = ("prompt_logprobs", "prompt_token_ids", "prompt_text", "service_tier", "metrics")
+    for name in (*nulls, "kv_transfer_params", "ec_transfer_params"):
+        assert body[name] is None, name
     request = backend.request
     assert list(request.prompt_token_ids) == tokenizer.encode_chat(MESSAGES)
     room = 256 - len(request.prompt_token_ids)

@@ -62,8 +62,11 @@ async def test_whole_answer(client: httpx.AsyncClient, backend: FakeBackend) -> 
                 "logprobs": None,
                 "finish_reason": "length",
                 "stop_reason": None,
+                **dict.fromkeys(("token_ids", "prompt_token_ids", "prompt_logprobs")),
+                **dict.fromkeys(("routed_experts", "weight_versions")),
             }
         ],
+        **dict.fromkeys(("service_tier", "kv_transfer_params", "ec_transfer_params", "metrics")),
         "usage": {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,

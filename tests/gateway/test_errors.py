@@ -87,6 +87,15 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options"),
         ({"model": 7}, "model"),
         ({"priority": 2**64}, "priority"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": 257}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": 0}, "prompt"),
+        ({"truncation_side": "middle"}, "truncation_side"),
+        ({"stream_interval": 0}, "stream_interval"),
+        ({"request_id": "x" * 257}, "request_id"),
+        ({"request_id": 7}, "request_id"),
+        ({"echo": 1}, "echo"),
+        ({"spaces_between_special_tokens": "no"}, "spaces_between_special_tokens"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -112,7 +121,6 @@ async def test_bad_completions(
     ("url", "name", "value"),
     [
         (COMPLETIONS, "suffix", "x"),
-        (COMPLETIONS, "echo", True),
         (COMPLETIONS, "prompt_embeds", "AAAA"),
         (COMPLETIONS, "prompt_logprobs", 1),
         (COMPLETIONS, "logit_bias", {"1": 2}),
@@ -121,7 +129,6 @@ async def test_bad_completions(
         (COMPLETIONS, "use_beam_search", True),
         (COMPLETIONS, "structured_outputs", {"regex": "a*"}),
         (COMPLETIONS, "response_format", {"type": "json_object"}),
-        (COMPLETIONS, "truncate_prompt_tokens", 5),
         (COMPLETIONS, "kv_transfer_params", {"do_remote_prefill": True}),
         (CHAT, "tools", [{"type": "function", "function": {"name": "f"}}]),
         (CHAT, "tool_choice", "auto"),

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from baton.config import GatewaySettings
+from baton.config import GatewaySettings, LimitSettings
 from baton.errors import InvalidRequest
 from baton.gateway.body import parse_json
-from baton.gateway.limits import Keys, Limits
+from baton.gateway.limits import Keys
 from baton.gateway.openai import ChatCompletionRequest, CompletionRequest
 from tests.gateway.fakes import FakeBackend
 from tests.gateway.test_errors import CHAT, COMPLETIONS, error_of
@@ -22,8 +22,10 @@ GOOD = json.dumps({"prompt": "Hi"}).encode()
 
 
 @pytest.fixture
-def limits() -> Limits:
-    return Limits(max_body_bytes=2000, max_header_bytes=1000, max_headers=20, max_json_depth=8)
+def limits() -> LimitSettings:
+    return LimitSettings(
+        max_body_bytes=2000, max_header_bytes=1000, max_headers=20, max_json_depth=8
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ def limits() -> Limits:
 )
 @pytest.mark.parametrize("url", [COMPLETIONS, CHAT])
 async def test_bodies(
-    client: httpx.AsyncClient, url: str, body: bytes, says: str, limits: Limits
+    client: httpx.AsyncClient, url: str, body: bytes, says: str, limits: LimitSettings
 ) -> None:
     if len(body) > limits.max_body_bytes:
         with pytest.raises(InvalidRequest, match=says):

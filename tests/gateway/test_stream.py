@@ -11,10 +11,10 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Message
 
+from baton.config import LimitSettings
 from baton.errors import BatonError, Cause
 from baton.gateway.backend import ServedModel
 from baton.gateway.context import Context
-from baton.gateway.limits import Limits
 from baton.text import Tokenizer
 from baton.types import Request
 from tests.gateway.fakes import FakeBackend, FakeStream, Script, Step, chunks
@@ -87,8 +87,8 @@ async def opened(backend: FakeBackend) -> FakeStream:
 
 
 @pytest.fixture
-def limits() -> Limits:
-    return Limits(keep_alive_s=0, slow_client_s=60)
+def limits() -> LimitSettings:
+    return LimitSettings(sse_keep_alive_interval=0, slow_client_timeout_s=60)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -198,8 +198,8 @@ async def test_a_gap_in_the_tokens_is_a_failure(
 
 class TestSilence:
     @pytest.fixture
-    def limits(self) -> Limits:
-        return Limits(keep_alive_s=0.01)
+    def limits(self) -> LimitSettings:
+        return LimitSettings(sse_keep_alive_interval=0.01)
 
     async def test_a_silent_stream_gets_comments(
         self, app: FastAPI, backend: FakeBackend, say: Callable[[str], Script]
@@ -232,8 +232,8 @@ class TestSilence:
 
 class TestSlowReaders:
     @pytest.fixture
-    def limits(self) -> Limits:
-        return Limits(slow_client_s=0.05)
+    def limits(self) -> LimitSettings:
+        return LimitSettings(slow_client_timeout_s=0.05)
 
     async def test_a_client_that_does_not_read_is_dropped(
         self, app: FastAPI, backend: FakeBackend, tokenizer: Tokenizer

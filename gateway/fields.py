@@ -1,0 +1,122 @@
+"""Types of JSON fields, and what all request bodies have in common.
+
+`null` means "not given". A field that nobody knows is ignored; one that is known but not served is
+refused by name, unless it asks for what happens anyway.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictStr,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from baton.errors import Cause, InvalidRequest
+
+_INT64 = 2**63
+_MAX_STOP_STRINGS = 4
+
+
+def _number(value: object) -> object:
+    """JSON numbers only (`true` is none), within 64 bits and finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise PydanticCustomError("number", "must be a number")
+    if not math.isfinite(value) if isinstance(value, float) else not -_INT64 <= value < _INT64:
+        raise PydanticCustomError("number_range", "is out of range")
+    return value
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def without_nulls(value: object) -> object:
+    """A JSON object's fields that are given."""
+    if isinstance(value, dict):
+        return {name: item for name, item in value.items() if item is not None}
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number)]
+Bool = StrictBool
+Text = StrictStr
+NonEmpty = Annotated[StrictStr, Field(min_length=1)]
+TokenId = Annotated[Int, Field(ge=0)]
+TokenIds = list[TokenId]
+
+_STOP = {"type": "string", "minLength": 1}
+StopStrings = Annotated[
+    list[NonEmpty],
+    BeforeValidator(_as_list),
+    Field(max_length=_MAX_STOP_STRINGS),
+    WithJsonSchema(
+        {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": _MAX_STOP_STRINGS}]}
+    ),
+]
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+Prompts = Annotated[  # its union is told apart by hand, for a message that says so
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                _IDS,
+                {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+                {"type": "array", "items": _IDS, "minItems": 1},
+            ]
+        }
+    ),
+]
+
+
+def _all_nullable(schema: dict[str, Any]) -> None:
+    """The document says what `without_nulls` does."""
+    required = schema.get("required", ())
+    for name, field in schema.get("properties", {}).items():
+        options = field.get("anyOf", ())
+        if name not in required and {"type": "null"} not in options:
+            title = field.pop("title", name)
+            description = {k: field.pop(k) for k in ("description", "default") if k in field}
+            schema["properties"][name] = {
+                "anyOf": [*(options or (field,)), {"type": "null"}],
+                "title": title,
+                **description,
+            }
+
+
+class Fields(BaseModel):
+    """A JSON object of a request."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, json_schema_extra=_all_nullable)
+
+    # Known, not served: name → the values that ask for nothing beyond what is served.
+    refused: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _clean(cls, data: object) -> object:
+        """
+        Raises:
+            InvalidRequest: UNSUPPORTED, a field that is known but not served.
+        """
+        data = without_nulls(data)
+        if isinstance(data, dict):
+            for name in data.keys() & cls.refused.keys():
+                if data[name] not in cls.refused[name]:
+                    raise InvalidRequest(f"{name} is not supported.", name, Cause.UNSUPPORTED)
+        return data
+
+
+class StreamOptions(Fields):
+    include_usage: Bool = False
+    continuous_usage_stats: Bool = False

@@ -1,0 +1,102 @@
+"""How to sample and when to stop, as fields of a body. Names, defaults and bounds are vLLM's (and
+so OpenAI's where both have the field)."""
+
+import secrets
+from collections.abc import Mapping
+from typing import ClassVar
+
+from pydantic import Field
+
+from baton.errors import InvalidRequest
+from baton.gateway.defaults import SamplingDefaults
+from baton.gateway.fields import Bool, Fields, Float, Int, StopStrings
+from baton.types import SamplingParams
+
+_MAX_STOP_TOKEN_IDS = 1024
+_GREEDY_BELOW = 1e-5  # temperature
+_MIN_TEMPERATURE = 0.01  # of sampling; less than this overflows in the softmax
+
+
+class SamplingFields(Fields):
+    refused: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        "logit_bias": ({},),
+        "allowed_token_ids": (),
+        "bad_words": ([],),
+        "prompt_logprobs": (),
+        "logprob_token_ids": ([],),
+        "use_beam_search": (False,),
+        "response_format": ({"type": "text"},),
+        "structured_outputs": (),
+        "repetition_detection": (),
+        "thinking_token_budget": (-1,),
+        "watermarking": (),
+        "vllm_xargs": ({},),
+    }
+
+    n: Int = 1
+    temperature: Float | None = Field(None, description="0..2; 0 = greedy")
+    top_p: Float | None = None
+    top_k: Int | None = None
+    min_p: Float | None = None
+    presence_penalty: Float | None = None
+    frequency_penalty: Float | None = None
+    repetition_penalty: Float | None = None
+    seed: Int | None = None
+    stop: StopStrings = Field([])
+    stop_token_ids: list[Int] = Field([], max_length=_MAX_STOP_TOKEN_IDS)
+    include_stop_str_in_output: Bool = False
+    ignore_eos: Bool = False
+    min_tokens: Int = 0
+    skip_special_tokens: Bool | None = None
+    spaces_between_special_tokens: Bool = Field(
+        True, description="No supported tokenizer puts spaces there, so both values do the same."
+    )
+
+    def sampling(
+        self, defaults: SamplingDefaults, *, max_tokens: int | None, logprobs: int | None
+    ) -> SamplingParams:
+        """`defaults` stand for fields that the body leaves out.
+
+        Raises:
+            InvalidRequest: a value is out of range.
+        """
+        return SamplingParams(
+            n=self.n,
+            temperature=self._temperature(defaults),
+            top_p=self._value("top_p", 1.0, defaults),
+            top_k=int(self._value("top_k", 0, defaults)) if self.top_k is None else self.top_k,
+            min_p=self._value("min_p", 0.0, defaults),
+            presence_penalty=self._value("presence_penalty", 0.0, defaults),
+            frequency_penalty=self._value("frequency_penalty", 0.0, defaults),
+            repetition_penalty=self._value("repetition_penalty", 1.0, defaults),
+            seed=secrets.randbits(63) if self.seed in (None, -1) else self.seed,
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
+            ignore_eos=self.ignore_eos,
+            stop=tuple(self.stop),
+            stop_token_ids=self._stop_token_ids(defaults),
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            logprobs=logprobs,
+        )
+
+    def shows_special_tokens(self, defaults: SamplingDefaults) -> bool:
+        skip = self.skip_special_tokens
+        return not (defaults.skip_special_tokens if skip is None else skip)
+
+    def _value(self, name: str, otherwise: float, defaults: SamplingDefaults) -> float:
+        given = getattr(self, name)
+        return float(defaults.values.get(name, otherwise) if given is None else given)
+
+    def _temperature(self, defaults: SamplingDefaults) -> float:
+        temperature = self._value("temperature", 1.0, defaults)
+        if not 0 <= temperature <= 2:
+            raise InvalidRequest("temperature must be in 0..2", "temperature")
+        if temperature < _GREEDY_BELOW:
+            if self.n > 1:
+                raise InvalidRequest("n must be 1 when sampling is greedy (temperature 0)", "n")
+            return 0.0
+        return max(temperature, _MIN_TEMPERATURE)
+
+    def _stop_token_ids(self, defaults: SamplingDefaults) -> tuple[int, ...]:
+        also = () if self.ignore_eos else defaults.eos_token_ids
+        return tuple(dict.fromkeys((*self.stop_token_ids, *also)))
