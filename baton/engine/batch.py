@@ -58,9 +58,13 @@ class Batch:
         return sum(len(row.token_ids) for row in self.rows)
 
 
+NOT_FINITE = -1  # in place of a token id: the row's logits were not finite
+NOTHING_ALLOWED = -2  # the request's own constraints leave no token
+
+
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """token_id is -1 when the row's logits were not finite."""
+    """token_id is negative when there is no token, and says why."""
 
     token_id: int
     logprobs: Logprobs | None = None
@@ -71,5 +75,5 @@ class Runner(Protocol):
 
     def run(self, batch: Batch) -> dict[int, tuple[Sampled, ...]]:
         """row_id → one Sampled per entry of the row's `samples`, in order; rows without samples are
-        absent, unless what they computed is not finite: then they have one Sampled(-1)."""
+        absent, unless what they computed is not finite: then they have one Sampled(NOT_FINITE)."""
         ...

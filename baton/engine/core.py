@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from baton.engine.batch import Runner, Sampled
+from baton.engine.batch import NOT_FINITE, Runner, Sampled
 from baton.engine.block_pool import BlockPool
 from baton.engine.commands import Command
 from baton.engine.config import EngineConfig
@@ -86,7 +86,7 @@ class EngineCore:
             sampled = self._runner.run(step.batch())
             for row in step.rows:
                 answer = sampled.get(row.row_id, ())
-                is_broken = not row.samples and answer == (Sampled(-1),)
+                is_broken = not row.samples and answer == (Sampled(NOT_FINITE),)
                 if len(answer) != len(row.samples) and not is_broken:
                     raise ValueError("the runner did not answer every sample request")
         except Exception as error:  # whatever it is, it is these requests' alone

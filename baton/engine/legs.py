@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
 
 from baton.engine.admission import check_request, growth_blocks
 from baton.engine.block_pool import BlockPool
@@ -127,26 +128,25 @@ class Legs:
     def append(self, branch: Sequence, token_id: int, logprobs: Logprobs | None) -> None:
         """One more token of a branch, which may be its last."""
         branch.output_token_ids.append(token_id)
-        num_output = len(branch.output_token_ids)
-        finish = self.check_stop(branch.leg, token_id, num_output)
-        self._report.token(branch.leg, branch.choice, num_output - 1, token_id, logprobs, finish)
+        finish = self.check_stop(branch.leg, branch.output_token_ids)
+        index = len(branch.output_token_ids) - 1
+        self._report.token(branch.leg, branch.choice, index, token_id, logprobs, finish)
         if finish[0] is not None:
             self.finish(branch, FINISHED[finish[0]])
 
-    def check_stop(self, leg: Leg, token_id: int, num_output_tokens: int) -> Finish:
+    def check_stop(self, leg: Leg, output: Seq[int]) -> Finish:
         return check_stop(
             leg.request.sampling,
             self._eos_token_ids,
-            token_id,
-            num_output_tokens,
-            leg.num_prompt_tokens + num_output_tokens,
+            output,
+            leg.num_prompt_tokens,
             self._config.max_model_len,
         )
 
     def settle(self, leg: Leg, choice: int) -> bool:
         """End a choice whose committed output is complete already."""
         committed = leg.request.committed(choice)
-        reason = self.check_stop(leg, committed[-1], len(committed))[0] if committed else None
+        reason = self.check_stop(leg, committed)[0] if committed else None
         if reason is None:
             return False
         leg.open_choices.discard(choice)

@@ -74,9 +74,8 @@ class NullModel:
             request = SampleRequest(choice, seed, position, params, prompt_token_ids, output)
             token_id = self.sample(context, request).token_id
             output.append(token_id)
-            length = len(prompt_token_ids) + len(output)
-            eos = self.eos_token_ids
-            if check_stop(params, eos, token_id, len(output), length, max_model_len)[0]:
+            num_prompt, eos = len(prompt_token_ids), self.eos_token_ids
+            if check_stop(params, eos, output, num_prompt, max_model_len)[0]:
                 return tuple(output)
             context += self.chain(context[-1], (token_id,))
 

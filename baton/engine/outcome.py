@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from baton.engine.batch import Sampled, ScheduledRow
+from baton.engine.batch import NOTHING_ALLOWED, Sampled, ScheduledRow
 from baton.engine.legs import Legs
 from baton.engine.report import Report
 from baton.engine.scheduler import Scheduler
@@ -25,14 +25,22 @@ class Outcome:
                 continue  # a sibling took its leg down, earlier in this loop
             results = sampled.get(row.row_id, ())
             if any(result.token_id < 0 for result in results):
-                self._legs.poison(seq.leg)
-                self._legs.fail(seq.leg, Cause.NON_FINITE_LOGITS, "the logits were not finite")
+                self._refuse(seq.leg, min(result.token_id for result in results))
                 continue
             seq.num_computed_tokens = row.num_context_tokens
             self._scheduler.admission.publish(seq)
             self._report.computed(seq, row.start)
             if seq.num_uncomputed_tokens == 0:
                 self._complete(seq, row, results)
+
+    def _refuse(self, leg: Leg, why: int) -> None:
+        """A row without a token takes its leg down."""
+        if why == NOTHING_ALLOWED:
+            detail = "the request's constraints leave no token to choose from"
+            self._legs.fail(leg, Cause.INVALID_REQUEST, detail)
+        else:
+            self._legs.poison(leg)
+            self._legs.fail(leg, Cause.NON_FINITE_LOGITS, "the logits were not finite")
 
     def fail(self, step: Step, detail: str) -> None:
         """The runner raised: whoever was in the step is over."""
@@ -57,5 +65,5 @@ class Outcome:
     def _hand_over(self, leg: Leg, results: Mapping[int, Sampled]) -> None:
         """First tokens of a leg that is decoded elsewhere."""
         for choice, result in results.items():
-            finish = self._legs.check_stop(leg, result.token_id, 1)
+            finish = self._legs.check_stop(leg, (result.token_id,))
             self._report.token(leg, choice, 0, result.token_id, result.logprobs, finish)

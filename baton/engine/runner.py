@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from baton.engine.batch import Batch, Sampled, ScheduledRow
+from baton.engine.batch import NOT_FINITE, Batch, Sampled, ScheduledRow
 from baton.engine.kv_cache import KVCache
 from baton.engine.layers.attention import AttentionBackend
 from baton.engine.models.decoder import Decoder
@@ -106,7 +106,7 @@ class ModelRunner:
             if not is_finite[start:end].all():
                 slots = list(query_slots([_paged(row)], self.kv_cache.block_size))
                 self.kv_cache.tensor.flatten(2, 3)[:, :, slots] = 0
-                results[row.row_id] = (Sampled(-1),) * max(1, len(row.samples))
+                results[row.row_id] = (Sampled(NOT_FINITE),) * max(1, len(row.samples))
         return results
 
     def _forward(self, rows: Sequence[ScheduledRow]) -> Tensor:

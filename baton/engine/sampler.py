@@ -1,7 +1,7 @@
 """From logits to tokens, in the fixed order of docs/sampling.md:
 
-penalties → min_tokens mask → (log-probabilities are of this) → temperature → top-k → top-p → min-p
-→ the largest of logit / temperature + noise.
+masks → bias → penalties → (log-probabilities are of this) → temperature → top-k → top-p → min-p →
+the largest of logit / temperature + noise.
 """
 
 from collections.abc import Collection
@@ -9,8 +9,8 @@ from collections.abc import Sequence as Seq
 
 from torch import Tensor
 
-from baton.engine.batch import Sampled, SampleRequest
-from baton.engine.penalties import Penalties
+from baton.engine.batch import NOT_FINITE, NOTHING_ALLOWED, Sampled, SampleRequest
+from baton.engine.row_edits import RowEdits
 from baton.kernels.logprobs import Wanted, token_logprobs
 from baton.kernels.sampling import Draw, draw_tokens, noise_key
 from baton.types import Logprobs
@@ -21,7 +21,7 @@ class Sampler:
 
     def __init__(self, eos_token_ids: Collection[int]) -> None:
         """`eos_token_ids`: masked while a choice has fewer than `min_tokens` tokens."""
-        self._penalties = Penalties(eos_token_ids)
+        self._edits = RowEdits(eos_token_ids)
 
     def sample(
         self, logits: Tensor, requests: Seq[tuple[SampleRequest, ...]]
@@ -32,23 +32,30 @@ class Sampler:
             logits: [num_rows, vocab_size], any float dtype, read only.
             requests: per row; the choices of one prompt share its row.
 
-        Returns: per row, one Sampled per request, in order. Where the largest logit of a row is not
-            finite, token_id is -1.
+        Returns: per row, one Sampled per request, in order.
         """
         logits = logits.float().contiguous()
         flat = [(row, request) for row, group in enumerate(requests) for request in group]
-        edited = [index for index, (_, r) in enumerate(flat) if self._penalties.applies(r)]
+        edited = [index for index, (_, r) in enumerate(flat) if self._edits.applies(r)]
         plain = sorted(set(range(len(flat))) - set(edited))
         results: dict[int, Sampled] = {}
         results.update(_sample(logits, plain, [flat[i] for i in plain]))
         if edited:
-            rows = logits[[flat[i][0] for i in edited]]
-            for row, index in zip(rows, edited, strict=True):
-                self._penalties.apply(row, flat[index][1])
-            jobs = [(row, flat[index][1]) for row, index in enumerate(edited)]
-            results.update(_sample(rows, edited, jobs))
+            results.update(self._sample_edited(logits, edited, [flat[i] for i in edited]))
         in_order = iter(range(len(flat)))
         return [tuple(results[next(in_order)] for _ in group) for group in requests]
+
+    def _sample_edited(
+        self, logits: Tensor, indices: Seq[int], jobs: Seq[tuple[int, SampleRequest]]
+    ) -> dict[int, Sampled]:
+        """`_sample`, from copies that the requests' edits are applied to."""
+        rows = logits[[row for row, _ in jobs]]
+        self._edits.apply(rows, [request for _, request in jobs])
+        results = _sample(rows, indices, [(row, r) for row, (_, r) in enumerate(jobs)])
+        for index, (row, _) in zip(indices, jobs, strict=True):
+            if results[index].token_id == NOT_FINITE and logits[row].amax().isfinite():
+                results[index] = Sampled(NOTHING_ALLOWED)
+        return results
 
 
 def _sample(
@@ -80,7 +87,7 @@ def _logprobs(
 ) -> dict[int, Logprobs]:
     """Index of the job → its log-probabilities, for those who want them and have a token."""
     wanted = {
-        at: Wanted(row, token_id, request.params.logprobs)
+        at: Wanted(row, token_id, request.params.logprobs, request.params.logprob_token_ids)
         for at, ((row, request), token_id) in enumerate(zip(jobs, token_ids, strict=True))
         if request.params.logprobs is not None and token_id >= 0
     }

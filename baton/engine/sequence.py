@@ -39,6 +39,7 @@ class SequenceStatus(IntEnum):
 FINISHED: dict[FinishReason, SequenceStatus] = {
     FinishReason.STOP: SequenceStatus.FINISHED_STOPPED,
     FinishReason.LENGTH: SequenceStatus.FINISHED_LENGTH,
+    FinishReason.REPETITION: SequenceStatus.FINISHED_STOPPED,
 }
 
 

@@ -16,11 +16,13 @@ from baton.types import Logprobs
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Of row `row`: the log-probability of `token_id`, and the `num_top` likeliest tokens."""
+    """Of row `row`: the log-probabilities of `token_id`, of the `num_top` likeliest tokens that can
+    be, and of further tokens."""
 
     row: int
     token_id: int
     num_top: int
+    asked_ids: tuple[int, ...] = ()
 
 
 def token_logprobs(logits: Tensor, wanted: Sequence[Wanted]) -> list[Logprobs]:
@@ -43,7 +45,8 @@ def _logprobs_cpu(row: npt.NDArray[np.float32], wanted: Wanted) -> Logprobs:
     return Logprobs(
         logprob=float(own) - norm,
         rank=int(np.count_nonzero(row > own)) + 1,
-        top=tuple((int(i), float(row[i]) - norm) for i in ids),
+        top=tuple((int(i), float(row[i]) - norm) for i in ids if row[i] > -np.inf),
+        asked=tuple((i, float(row[i]) - norm) for i in wanted.asked_ids),
     )
 
 
@@ -61,8 +64,24 @@ def token_logprobs_torch(logits: Tensor, wanted: Sequence[Wanted]) -> list[Logpr
     packed = pack(rows, torch.arange(rows.shape[1], device=rows.device))
     best_ids = unpack_ids(packed.topk(num_top, dim=-1).values)
     best = (rows.gather(-1, best_ids).double() - norm[:, None]).tolist()
+    at = [(row, token_id) for row, w in enumerate(wanted) for token_id in w.asked_ids]
+    asked = iter(_pick(rows, norm, at))
     columns = ((own[:, 0].double() - norm).tolist(), ranks.tolist(), best_ids.tolist(), best)
     return [
-        Logprobs(logprob, rank, tuple(zip(ids, values, strict=True))[: w.num_top])
+        Logprobs(
+            logprob,
+            rank,
+            tuple((i, v) for i, v in zip(ids[: w.num_top], values, strict=False) if v > -math.inf),
+            tuple((i, next(asked)) for i in w.asked_ids),
+        )
         for w, logprob, rank, ids, values in zip(wanted, *columns, strict=True)
     ]
+
+
+def _pick(rows: Tensor, norm: Tensor, at: Sequence[tuple[int, int]]) -> list[float]:
+    """rows[row, token id] - norm[row] of every pair."""
+    if not at:
+        return []
+    row, token_id = torch.tensor(at, device=rows.device).unbind(1)
+    values: list[float] = (rows[row, token_id].double() - norm[row]).tolist()
+    return values

@@ -124,7 +124,7 @@ def _best(logits: Floats, words: Words, index: Ids, draw: Draw) -> tuple[int, fl
 
 
 def likeliest(row: Floats, count: int) -> tuple[Ids, np.float32]:
-    """At least `count` ids, ascending, and a logit that all others are below.
+    """At least `count` ids (or all that can be), ascending, and a logit that all others are below.
 
     The `count`-th largest of the maxima of disjoint blocks bounds the `count`-th largest element
     from below, and is found without sorting.
@@ -135,6 +135,8 @@ def likeliest(row: Floats, count: int) -> tuple[Ids, np.float32]:
     length = len(row) // num_blocks
     maxima = row[: length * num_blocks].reshape(length, num_blocks).max(axis=0)
     floor = np.partition(maxima, num_blocks - count)[num_blocks - count]
+    if floor == -np.inf:  # the rest cannot be, so nobody misses it
+        return np.flatnonzero(row > floor), floor
     return np.flatnonzero(row >= floor), floor
 
 

@@ -1,7 +1,15 @@
+from dataclasses import replace
+
 import pytest
 
 from baton.engine.stopping import check_stop
-from baton.types import FinishReason, SamplingParams
+from baton.types import (
+    FinishReason,
+    RepetitionDetection,
+    SamplingParams,
+    StructuredKind,
+    StructuredOutput,
+)
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
 EOS, WORD, OTHER = 2, 7, 9
@@ -31,4 +39,40 @@ def test_when_a_choice_ends(
 ) -> None:
     """Of a prompt of 60 tokens in a model of 100."""
     params = SamplingParams(**options)  # type: ignore[arg-type]
-    assert check_stop(params, (EOS,), token_id, num_output, 60 + num_output, 100) == expected
+    output = [*range(100, 99 + num_output), token_id]
+    assert check_stop(params, (EOS,), output, 60, 100) == expected
+
+
+@pytest.mark.parametrize(
+    ("detection", "output", "expected"),
+    [
+        ((3, 0, 2), [1, 2, 3], False),
+        ((3, 0, 2), [1, 2, 2], True),
+        ((3, 2, 2), [1, 2, 2], False),
+        ((3, 2, 2), [9, 1, 2, 1, 2], True),
+        ((3, 3, 3), [1, 2, 3] * 3, True),
+        ((3, 3, 3), [1, 2, 3] * 2 + [1, 2, 4], False),
+        ((2, 2, 3), [1, 2, 3] * 3, False),
+        ((3, 1, 4), [1] * 3, False),
+        ((3, 1, 4), [1] * 4, True),
+        ((4, 1, 2), [1, 2, 3, 4, 1, 2, 3, 4], True),
+    ],
+)
+def test_repetition(detection: tuple[int, int, int], output: list[int], expected: bool) -> None:
+    params = SamplingParams(repetition_detection=RepetitionDetection(*detection), max_tokens=99)
+    ends = FinishReason.REPETITION if expected else None
+    assert check_stop(params, (), output, 60, 100) == (ends, None)
+    late = replace(params, min_tokens=len(output) + 1)
+    assert check_stop(late, (), output, 60, 100) == (None, None)
+
+
+def test_other_reasons_win_over_repetition() -> None:
+    params = SamplingParams(repetition_detection=RepetitionDetection(1), max_tokens=2)
+    assert check_stop(params, (EOS,), [1, 1], 60, 100) == (LENGTH, None)
+    assert check_stop(params, (EOS,), [EOS, EOS], 60, 100) == (STOP, EOS)
+
+
+def test_a_grammar_ends_with_eos_whatever_else_was_asked_for() -> None:
+    spec = StructuredOutput(StructuredKind.REGEX, "a")
+    params = SamplingParams(structured_outputs=spec, ignore_eos=True, min_tokens=9)
+    assert check_stop(params, (EOS,), [1, EOS], 60, 100) == (STOP, EOS)

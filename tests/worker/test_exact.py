@@ -16,7 +16,15 @@ from baton.engine.events import LegFailed, LegTokens
 from baton.engine.runner import ModelRunner
 from baton.kvtransfer.local import LocalNetwork
 from baton.messages import Abort, Bound, ComputeLocally, Imported, KvFailed, Rebind, Release
-from baton.types import FinishReason, LegId, Logprobs, Request, SamplingParams, TokenChunk
+from baton.types import (
+    FinishReason,
+    LegId,
+    Logprobs,
+    RepetitionDetection,
+    Request,
+    SamplingParams,
+    TokenChunk,
+)
 from tests.engine.tiny_models import load_tiny_runner, make_core, random_prompts, save_tiny_model
 from tests.worker.fleet import Client, LocalWorker, start_worker
 
@@ -32,6 +40,28 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "truncated": {**SEEDED, "top_k": 20, "min_p": 0.01},
     "penalties": {**SEEDED, "frequency_penalty": 0.8, "repetition_penalty": 1.4, "n": 2},
     "logprobs": {**SEEDED, "logprobs": 4, "presence_penalty": 0.5},
+    "biased": {**SEEDED, "logit_bias": dict.fromkeys(range(0, 250, 2), -100) | {7: 4.5}, "n": 2},
+    "few allowed": {
+        **SEEDED,
+        "allowed_token_ids": range(40, 60),
+        "n": 2,
+        "logprobs": 3,
+        "logprob_token_ids": (41, 7),
+    },
+    "bad words": {
+        **SEEDED,
+        "temperature": 0.3,
+        "allowed_token_ids": range(40, 43),
+        "bad_words_token_ids": [(40, 41), (42, 42), (41, 40, 41)],
+        "n": 2,
+    },
+    "repetition": {
+        **SEEDED,
+        "allowed_token_ids": range(40, 43),
+        "repetition_detection": RepetitionDetection(3, 2, 2),
+        "max_tokens": 60,
+        "n": 2,
+    },
     "may end early": {**SEEDED, "ignore_eos": False, "min_tokens": 2, "max_tokens": 30},
 }
 BLOCK_SIZES = [(16, 16), (16, 32), (32, 16)]
@@ -73,9 +103,12 @@ def on_the_wire(logprobs: dict[int, list[Logprobs]]) -> dict[int, list[Logprobs]
     def f32(value: float) -> float:
         return float(np.float32(value))
 
+    def pairs(entries: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+        return tuple((token_id, f32(value)) for token_id, value in entries)
+
     return {
         choice: [
-            Logprobs(f32(one.logprob), one.rank, tuple((t, f32(v)) for t, v in one.top))
+            Logprobs(f32(one.logprob), one.rank, pairs(one.top), pairs(one.asked))
             for one in entries
         ]
         for choice, entries in logprobs.items()
@@ -244,6 +277,30 @@ async def test_one_of_two_choices_finishes_on_the_first_token(
         await client.tokens(d, d_leg, answer)
         assert answer.token_ids == oracle(request)[0]
         p.send(Release(p_leg))
+
+
+async def test_constraints_hold_from_the_first_token_on(runners: Runners) -> None:
+    """The first one is drawn on P, the others on D."""
+    client = Client()
+    async with pair(runners) as (p, d):
+        for number in range(4):
+            tokens = prompt(40 + number, number)
+            request = client.request(tokens, SamplingParams(**SAMPLINGS["bad words"]))
+            answer = await client.disaggregated(p, d, request)
+            for ids in answer.token_ids.values():
+                assert set(ids) <= {40, 41, 42}
+                text = " ".join(map(str, ids))
+                assert not any(word in text for word in ("40 41", "42 42"))
+
+
+async def test_a_repetition_ends_a_choice(runners: Runners) -> None:
+    client = Client()
+    async with pair(runners) as (p, d):
+        sampling = SamplingParams(**SAMPLINGS["repetition"])
+        answer = await client.disaggregated(p, d, client.request(prompt(50, 5), sampling))
+        for ids in answer.token_ids.values():
+            assert any(ids[-n:] == ids[-2 * n : -n] for n in (2, 3))
+            assert len(ids) < 60
 
 
 # ── trouble ──────────────────────────────────────────────────────────────────────────────────────
