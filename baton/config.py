@@ -74,7 +74,9 @@ class ModelSettings(_Section):
     tokenizer: str | None = Field(None, description="Directory or hub id; --model if absent.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="Of weights, activations and KV; auto = the checkpoint's."
+        "auto",
+        description="Of weights, activations and KV; auto = the checkpoint's, or float32 on a CPU "
+        "that only emulates it.",
     )
     max_model_len: int | None = Field(None, gt=0, description="Tokens of prompt + output.")
     load_format: Literal["auto", "safetensors", "dummy"] = Field(

@@ -38,7 +38,19 @@ def test_an_error_at_the_count_and_once() -> None:
     failpoints.hit("bind")
 
 
-@pytest.mark.parametrize("spec", ["bind", "bind:0=kill", "bind:1=explode", "nowhere:1=kill", ""])
+def test_counting_from_later_on() -> None:
+    failpoints = Failpoints(["bind:+2=error"])
+    for _ in range(3):
+        failpoints.hit("bind")
+    failpoints.count()
+    failpoints.hit("bind")
+    with pytest.raises(BatonError):
+        failpoints.hit("bind")
+
+
+@pytest.mark.parametrize(
+    "spec", ["bind", "bind:0=kill", "bind:++1=kill", "bind:1=explode", "nowhere:1=kill", ""]
+)
 def test_bad_specs_are_refused(spec: str) -> None:
     with pytest.raises(ValueError, match="no failpoint"):
         Failpoints([spec])

@@ -128,7 +128,7 @@ def _fewest_rows(linear: Linear, dtype: torch.dtype) -> int:
     cancelling = -linear(x)  # added in float32, before the sum is rounded
     reference = linear.plus(x, cancelling)
     equal = {n for n in _FEW_ROWS if torch.equal(linear.plus(x[:n], cancelling[:n]), reference[:n])}
-    for fewest in (linear.min_rows, 8, 16):
+    for fewest in (linear.min_rows, 4, 8, 16):
         if linear.is_packed and all(n in equal for n in _FEW_ROWS if n >= fewest):
             return fewest
     shape = f"{linear.out_features}x{linear.in_features}"

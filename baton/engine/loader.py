@@ -67,9 +67,8 @@ def _make_plan(config: RunnerConfig, model: ModelConfig) -> _Plan:
         raise InvalidRequest(
             f"the model was trained for {longest} tokens, not {max_model_len}", "max_model_len"
         )
-    return _Plan(
-        model, select_dtype(config.dtype, model), select_device(config.device), max_model_len
-    )
+    device = select_device(config.device)
+    return _Plan(model, select_dtype(config.dtype, model, device), device, max_model_len)
 
 
 def _load_model(config: RunnerConfig, plan: _Plan) -> tuple[Decoder, bytes]:

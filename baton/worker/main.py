@@ -61,6 +61,8 @@ async def _serve(
         process = WorkerProcess(config, policy, failpoints, runner, server, port)
         stack.push_async_callback(process.close)
         failed = await process.start(token, redis_url)
+        if failpoints:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, failpoints.count)
         # What is here stays: a collection that walks all of torch's modules would pause the steps.
         gc.collect()
         gc.freeze()

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,17 @@ class FleetUnderTest:
 
     def log_tail(self, name: str, num_chars: int = 3000) -> str:
         return self.logs[name].read_text(errors="replace")[-num_chars:]
+
+    @contextmanager
+    def expect_log(self, name: str, text: str) -> Iterator[None]:
+        """By the end of the block, or soon after, the process writes `text` to its log."""
+        start = len(self.logs[name].read_text(errors="replace"))
+        yield
+        wait_until(
+            lambda: text in self.logs[name].read_text(errors="replace")[start:],
+            START_TIMEOUT_S,
+            f"{name} says {text!r}",
+        )
 
     # ── state ────────────────────────────────────────────────────────────────────────────────
 

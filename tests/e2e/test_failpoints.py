@@ -1,8 +1,11 @@
 """`kill -9` and SIGSTOP of a worker at every numbered step of a request, by named failpoints: no
 wrong token, no error that another worker could have spared, no leak, no hang."""
 
+import os
+import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
@@ -13,7 +16,7 @@ from baton import SamplingParams
 BODY = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "seed": 3, "max_tokens": 24}
 BODY |= {"ignore_eos": True, "n": 2}
 PROMPT_LEN = 300  # three chunks of prefill
-MAX_REQUESTS = 8  # until the armed worker has been chosen and has died
+MAX_ROUNDS = 6  # until the armed worker has been chosen and has died
 
 STEPS = {
     "prefill": ["submit", "admitted", "progress", "attach", "frame-sent", "sampled", "release"],
@@ -58,14 +61,20 @@ def is_struck(fleet, victim: str, how: str) -> bool:
 @pytest.mark.parametrize(("role", "name", "how"), list(cases()))
 def test_a_worker_dies_there(fleet, oracle, role: str, name: str, how: str) -> None:
     victim = f"{role}-0"  # the first of its role in every tie
-    fleet.start_worker(victim, BATON_FAILPOINT=f"{name}:1={how}", BATON_TEST_HOOKS="true")
-    fleet.wait_workers(victim, "prefill-1", "decode-1")
+    route = f"{victim} → decode-1" if role == "prefill" else f"prefill-1 → {victim}"
+    with fleet.expect_log("gateway", f"route {route} is proven"):
+        fleet.start_worker(victim, BATON_FAILPOINT=f"{name}:+1={how}", BATON_TEST_HOOKS="true")
+        fleet.wait_workers(victim, "prefill-1", "decode-1")
+    os.kill(fleet.pid(victim), signal.SIGUSR1)  # from here on it is a client's request that counts
     params = SamplingParams(**BODY)
-    for number in range(MAX_REQUESTS):
-        tokens = prompt(f"{name}-{how}", number)
-        result = fleet.complete({"prompt": tokens, **BODY})
-        assert result.error is None
-        assert result.token_ids == oracle(tokens, params)
+    for number in range(MAX_ROUNDS):
+        # Two at once: whichever worker is predicted to be faster, the other one gets work as well.
+        prompts = [prompt(f"{name}-{how}", 2 * number + i) for i in range(2)]
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            results = list(pool.map(lambda ids: fleet.complete({"prompt": ids, **BODY}), prompts))
+        for tokens, result in zip(prompts, results, strict=True):
+            assert result.error is None
+            assert result.token_ids == oracle(tokens, params)
         if is_struck(fleet, victim, how):
             break
     assert is_struck(fleet, victim, how), "the failpoint was never passed"

