@@ -40,12 +40,17 @@ Metadata = Sequence[tuple[str, str | bytes]]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 Context: TypeAlias = "ServicerContext[Any, Any]"
 
-# A peer that was stopped or cut off answers no ping: its calls end 7 s after its last sign of life.
-# Liveness proper is the heartbeat of a session; this is for calls beside it.
+# A peer that was stopped or cut off answers no ping: its calls end 3 s after its last sign of life.
+# Liveness proper is the heartbeat of a session; this is for calls beside it. The pings by which
+# gRPC measures bandwidth would be in the way (one of them unanswered holds keepalive's back for a
+# minute); without them windows do not grow, so they begin large.
 _KEEPALIVE = (
-    ("grpc.keepalive_time_ms", 2_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_time_ms", 1_000),
+    ("grpc.keepalive_timeout_ms", 2_000),
     ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.ping_timeout_ms", 2_000),
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 8 << 20),
 )
 _LIMITS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -63,7 +68,7 @@ _CHANNEL_OPTIONS = (
 _SERVER_OPTIONS = (
     *_KEEPALIVE,
     *_LIMITS,
-    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a shared port
 )
 

@@ -104,11 +104,13 @@ class FetchCalls:
         return call
 
     def _ended(self, address: str, peer: "_Peer", is_broken: bool) -> None:
-        """Forget a peer that is gone, so that connections do not pile up."""
+        """Forget a connection that is broken: the next call makes a new one, and this one is closed
+        with its last call."""
         peer.num_calls -= 1
         peer.is_broken |= is_broken
-        if peer.is_broken and not peer.num_calls and self._peers.get(address) is peer:
+        if peer.is_broken and self._peers.get(address) is peer:
             del self._peers[address]
+        if peer.is_broken and not peer.num_calls:
             self._in_background(peer.connection.close())
 
     def linger(self, call: "FetchCall") -> None:
@@ -247,7 +249,7 @@ class FetchCall:
         self._opening = opening
         self._num_allowed = 1 + opening.initial_credit  # replies: the answer, and frames
         self._replies: asyncio.Queue[pb.FetchReply | memoryview | BatonError] = asyncio.Queue()
-        self.is_broken = False  # by the connection, not by what either side said
+        self.is_broken = False  # the connection, as far as can be known
         self.reading = asyncio.create_task(self._read_all())
 
     async def answer(self) -> tuple[int, int]:
@@ -287,8 +289,10 @@ class FetchCall:
         await asyncio.wait({self.reading}, timeout=_LINGER_S)
         await self.cancel()
 
-    async def cancel(self) -> None:
-        """Tell the producer that nobody reads any more. Idempotent."""
+    async def cancel(self, cause: BaseException | None = None) -> None:
+        """Tell the producer that nobody reads any more, because of `cause`. Idempotent."""
+        if isinstance(cause, BatonError) and cause.cause is Cause.TRANSFER_STALLED:
+            self.is_broken = True  # it may be the connection that is silent, not the producer
         self._call.cancel()
         await settle(self.reading)
 
@@ -311,7 +315,7 @@ class FetchCall:
                 self._replies.put_nowait(self._checked(reply))
         except grpc.aio.AioRpcError as error:
             failure = to_baton_error(error)
-            self.is_broken = failure.cause is Cause.TRANSPORT_FAILED
+            self.is_broken |= failure.cause is Cause.TRANSPORT_FAILED
             self._replies.put_nowait(failure)
         except BatonError as error:
             self._replies.put_nowait(error)

@@ -40,8 +40,8 @@ class GrpcTransport:
             sink.opened(*await answer_in_time(call.answer()))
             received = await take_frames(call.frames(), sink, fetch.initial_credit, call.give)
             await call.done()
-        except BaseException:
-            await call.cancel()
+        except BaseException as error:
+            await call.cancel(error)
             raise
         self._calls.linger(call)
         return TransferStats(

@@ -76,18 +76,20 @@ class UcxTransport:
             inbox.allow(num_frames)
             await call.give(num_frames)
 
-        is_complete = False
+        failure: BaseException | None = None
         try:
             sink.opened(*await answer_in_time(call.answer()))
             watching.append(asyncio.create_task(_watch(call, inbox)))
             received = await take_frames(inbox.messages(), sink, fetch.initial_credit, give)
             await call.done()
-            is_complete = True
+        except BaseException as error:
+            failure = error
+            raise
         finally:
-            self._worker.close_inbox(tag, is_drained=is_complete)
+            self._worker.close_inbox(tag, is_drained=failure is None)
             await settle(*watching)
-            if not is_complete:
-                await call.cancel()
+            if failure is not None:
+                await call.cancel(failure)
         self._calls.linger(call)
         return TransferStats(
             self.name,
