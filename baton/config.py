@@ -194,6 +194,9 @@ class GatewaySettings(_Section):
     drain_timeout_s: float = Field(
         30.0, gt=0, description="How long streams may go on after SIGTERM."
     )
+    metrics_compat: Literal["vllm", "none"] = Field(
+        "vllm", description="Whose names /metrics has besides Baton's own."
+    )
     generation_config: str = Field(
         "auto",
         description="Defaults of sampling: auto = the model's generation_config.json; vllm = none; "

@@ -1,5 +1,5 @@
-"""Logs and metrics: every metric object of Baton is declared here, once, on a registry that is
-passed in.
+"""Logs and metrics: every metric object of Baton's own is declared here, once, on a registry that
+is passed in; vLLM's names for them are in `baton.vllm_metrics`.
 
 All series carry Baton's own prefix `baton_`. Times are seconds, sizes bytes. Label sets are closed
 (roles, transports, outcomes), never ids, so that cardinality is bounded.
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from baton.config import LogSettings
+from baton.vllm_metrics import VllmMetrics
 
 _LATENCY_S = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0
@@ -43,8 +44,13 @@ class _Metrics:
 class GatewayMetrics(_Metrics):
     """What the gateway sees, which is every request: fleet totals included."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, vllm: VllmMetrics | None = None) -> None:
+        """
+        Args:
+            vllm: told the same under vLLM's names.
+        """
         super().__init__(registry)
+        self.vllm = vllm
         self.requests = self._counter("requests", "Finished requests.", "endpoint", "outcome")
         self.requests_open = self._gauge("requests_open", "Requests in progress.")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests.")

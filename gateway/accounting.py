@@ -9,11 +9,14 @@ from baton.errors import BatonError, Cause
 from baton.gateway.backend import PrefillPath, RequestReport
 from baton.gateway.choice import Delta
 from baton.telemetry import PHASES, GatewayMetrics
+from baton.types import SamplingParams
+from baton.vllm_metrics import ChoiceSpan, RequestSpan
 
 log = logging.getLogger(__name__)
 
 OK = "ok"
 CANCELLED = "cancelled"
+_REFUSED = {cause.name.lower() for cause in (Cause.OVERLOADED, Cause.NO_ROOM, Cause.DRAINING)}
 
 
 def outcome_of(error: Exception) -> str:
@@ -25,6 +28,7 @@ class _ChoiceTimes:
     first_s: float
     last_s: float
     num_tokens: int
+    finish_reason: str | None = None
 
 
 class RequestRecord:
@@ -32,11 +36,19 @@ class RequestRecord:
     before `close`; what is closed without one was cancelled."""
 
     def __init__(
-        self, metrics: GatewayMetrics, endpoint: str, response_id: str, request_id: str
+        self,
+        metrics: GatewayMetrics,
+        endpoint: str,
+        model: str,
+        sampling: SamplingParams,
+        response_id: str,
+        request_id: str,
     ) -> None:
         self.outcome = CANCELLED
         self._metrics = metrics
         self._endpoint = endpoint
+        self._model = model
+        self._sampling = sampling
         self._ids = f"{response_id} ({request_id})"
         self._started_s = time.monotonic()
         self._opened_s: float | None = None
@@ -64,7 +76,10 @@ class RequestRecord:
             self._choices[delta.index] = times = _ChoiceTimes(now, now, 0)
         else:
             self._metrics.itl_s.observe(now - times.last_s)
+            if self._metrics.vllm is not None:
+                self._metrics.vllm.next_token(self._model, now - times.last_s)
         times.last_s = now
+        times.finish_reason = delta.finish_reason
         times.num_tokens += len(delta.token_ids)
         if delta.finish_reason is not None and times.num_tokens > 1:
             self._metrics.tpot_s.observe((now - times.first_s) / (times.num_tokens - 1))
@@ -84,6 +99,8 @@ class RequestRecord:
             self._phases_ms[phase] = min(measured_ms, left_ms)
             left_ms -= self._phases_ms[phase]
         self._metrics.ttft_s.observe(ttft_ms / 1e3)
+        if self._metrics.vllm is not None:
+            self._metrics.vllm.first_token(self._model, ttft_ms / 1e3)
         for phase, part_ms in self._phases_ms.items():
             self._metrics.ttft_phase_s.labels(phase).observe(part_ms / 1e3)
 
@@ -99,6 +116,7 @@ class RequestRecord:
         metrics.generation_tokens.inc(self._num_output_tokens)
         for report in reports:
             self._count(report)
+        self._tell_vllm(reports)
         log.info("%s", self._line(reports))
 
     @property
@@ -115,6 +133,32 @@ class RequestRecord:
         for transfer in report.transfers:
             metrics.kv_transfer_bytes.labels(transfer.transport).inc(transfer.num_bytes)
             metrics.kv_transfer_s.labels(transfer.transport).observe(transfer.duration_ms / 1e3)
+
+    def _tell_vllm(self, reports: Sequence[RequestReport]) -> None:
+        vllm = self._metrics.vllm
+        if vllm is None:
+            return
+        if self._opened_s is None:
+            if self.outcome in _REFUSED:
+                vllm.refused(self._model, self.outcome)
+            return
+        choices = [
+            ChoiceSpan(times.first_s, times.last_s, times.num_tokens, times.finish_reason)
+            for times in self._choices.values()
+        ]
+        span = RequestSpan(
+            started_s=self._started_s,
+            opened_s=self._opened_s,
+            ended_s=time.monotonic(),
+            queue_s=min((report.queue_ms for report in reports), default=0.0) / 1e3,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=sum(report.num_cached_tokens for report in reports),
+            sampling=self._sampling,
+            choices=choices,
+            is_error=self.outcome not in {OK, CANCELLED},
+            transfers=[transfer for report in reports for transfer in report.transfers],
+        )
+        vllm.finished(self._model, span)
 
     def _line(self, reports: Sequence[RequestReport]) -> str:
         """Never anything that the client wrote, except its sanitised request id."""

@@ -62,7 +62,9 @@ def start(
         skip_special_tokens=not body.shows_special_tokens(context.defaults),
         wants_output=body.wants_output,
     )
-    record = RequestRecord(context.metrics, endpoint, job.id, request.state.request_id)
+    record = RequestRecord(
+        context.metrics, endpoint, model.name, sampling, job.id, request.state.request_id
+    )
     return Generation(context, job, record)
 
 

@@ -6,6 +6,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_fastapi_instrumentator import Instrumentator
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -51,6 +52,8 @@ def create_app(context: Context, lifespan: Lifespan = _nothing) -> FastAPI:
     _add_probes(app, context)
     for kind in (BatonError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _on_exception)
+    if context.settings.metrics_compat == "vllm":
+        _count_http(app, context)
     keys = [key.get_secret_value() for key in context.settings.api_key]
     app.add_middleware(Guard, limits=context.limits, keys=keys)
     return app
@@ -62,6 +65,14 @@ def _refusal_counter(context: Context) -> Callable[[str, Exception], None]:
         context.metrics.requests.labels(path, outcome_of(refused)).inc()
 
     return count
+
+
+def _count_http(app: FastAPI, context: Context) -> None:
+    """http_requests_total and its like, as vLLM has them and by the same library."""
+    Instrumentator(
+        excluded_handlers=["/health", "/load", "/metrics", "/ping", "/version"],
+        registry=context.metrics.registry,
+    ).instrument(app)
 
 
 async def _on_exception(request: Request, error: Exception) -> Response:

@@ -85,6 +85,9 @@ def refresh_fleet_gauges(metrics: GatewayMetrics, view: ClusterView) -> None:
     }.items():
         metrics.fleet_sequences.labels(state).set(count)
     metrics.fleet_leases.set(sum(load.num_leases for load in loads))
+    if metrics.vllm is not None and view.workers:
+        first = view.workers[0]
+        metrics.vllm.show(first.model, first.block_size, loads)
     metrics.workers.clear()
     for worker in view.workers:
         metrics.workers.labels(worker.role.value).inc()

@@ -24,6 +24,7 @@ from baton.gateway.defaults import SamplingDefaults
 from baton.gateway.orchestrate import Orchestrator
 from baton.telemetry import GatewayMetrics
 from baton.text import Tokenizer, TokenizerPool
+from baton.vllm_metrics import VllmMetrics
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,9 @@ async def _serve(
             await orchestrator.close()
             pool.close()
 
-    metrics = GatewayMetrics(CollectorRegistry())
+    registry = CollectorRegistry()
+    vllm = VllmMetrics(registry) if config.metrics_compat == "vllm" else None
+    metrics = GatewayMetrics(registry, vllm)
     app = create_app(Context(orchestrator, pool, config, metrics, config, defaults), lifespan)
     server = Server(app, config.drain_timeout_s, on_drain=orchestrator.drain)
     host, port = listener.getsockname()[:2]

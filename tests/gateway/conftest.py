@@ -20,6 +20,7 @@ from baton.gateway.defaults import SamplingDefaults
 from baton.telemetry import GatewayMetrics
 from baton.text import Tokenizer, TokenizerPool
 from baton.types import Request
+from baton.vllm_metrics import VllmMetrics
 from tests.gateway.fakes import FakeBackend, Script, Step, chunks
 
 
@@ -81,7 +82,8 @@ def limits() -> LimitSettings:
 def context(
     backend: FakeBackend, pool: TokenizerPool, settings: GatewaySettings, limits: LimitSettings
 ) -> Context:
-    metrics = GatewayMetrics(CollectorRegistry())
+    registry = CollectorRegistry()
+    metrics = GatewayMetrics(registry, VllmMetrics(registry))
     defaults = SamplingDefaults.load(settings, pool.tokenizer)
     return Context(backend, pool, settings, metrics, limits, defaults)
 
