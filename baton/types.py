@@ -77,6 +77,14 @@ class Request:
     def open_choices(self) -> Iterator[int]:
         return (c for c in range(self.sampling.n) if c not in self.finished_choices)
 
+    @property
+    def shared_token_ids(self) -> tuple[int, ...]:
+        """Known ids that every open choice has before its own: the prompt, and behind it the
+        committed output if only one choice is open."""
+        choices = tuple(self.open_choices())
+        only = self.committed(choices[0]) if len(choices) == 1 else ()
+        return self.prompt_token_ids + only
+
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
@@ -150,9 +158,10 @@ class KVLayout:
 
 @dataclass(frozen=True, slots=True)
 class KVTicket:
-    """The right to fetch the KV of `num_tokens` prompt tokens from the worker that holds them.
+    """The right to fetch the KV of `num_tokens` tokens from the worker that holds them: of a prompt,
+    or (see `Request.shared_token_ids`) of a request that it runs.
 
-    Minted by P when all prompt blocks are reserved; opaque to the gateway, checked by P on each
+    Minted by P when all blocks are reserved; opaque to the gateway, checked by P on each
     fetch and by D against its own request. `mac` covers every other field (see
     `baton.kvtransfer.ticket`).
     """
@@ -163,7 +172,7 @@ class KVTicket:
     fingerprint: bytes  # 32 bytes
     layout: KVLayout
     num_tokens: int
-    tokens_digest: bytes  # SHA-256 of all prompt ids as u32le
+    tokens_digest: bytes  # SHA-256 of their ids as u32le
     salt_digest: bytes  # SHA-256 of the tenant salt
     expires_at_ms: int  # the producer's own monotonic clock; opaque to others
     key_id: int

@@ -86,6 +86,11 @@ class ReservationTable:
         reservation = self._reservations.get(leg)
         return None if reservation is None else reservation.state
 
+    def num_tokens(self, leg: LegId) -> int:
+        """How many are fetched, its own prefix hit included; 0 before that is known."""
+        reservation = self._reservations.get(leg)
+        return 0 if reservation is None else reservation.num_tokens
+
     # ── from the gateway ─────────────────────────────────────────────────────────────────────────
 
     def reserve(self, leg: LegId, source: KVSource) -> None:

@@ -128,9 +128,11 @@ def check_ticket(ticket: KVTicket, request: Request, fingerprint: bytes, layout:
         BatonError: MODEL_MISMATCH, LAYOUT_INCOMPATIBLE, TENANT_MISMATCH, TOKENS_MISMATCH.
     """
     _check_model(ticket.fingerprint, fingerprint, ticket.layout, layout)
-    _check_prompt(ticket, tokens_digest(request.prompt_token_ids), salt_digest(request.salt))
-    if ticket.num_tokens != len(request.prompt_token_ids):
-        raise BatonError(Cause.TOKENS_MISMATCH, "the ticket covers another number of tokens")
+    known = request.shared_token_ids
+    if not 0 < ticket.num_tokens <= len(known):
+        raise BatonError(Cause.TOKENS_MISMATCH, "the ticket covers more than the request has")
+    digest = tokens_digest(known[: ticket.num_tokens])
+    _check_prompt(ticket, digest, salt_digest(request.salt))
 
 
 def check_fetch(fetch: FetchOpen) -> None:

@@ -107,16 +107,20 @@ class Admission:
         self._blocked = _NOBODY
 
     def reserve(self, seq: Sequence, headroom: int) -> int | None:
-        """Blocks for the prompt of a decode leg plus its growth; the number of tokens that its own
-        prefix cache has, or None when there is no room."""
-        pool, request = self._pool, seq.leg.request
-        num_prompt, block_size = seq.num_prompt_tokens, self._config.block_size
+        """Blocks for the prompt of a decode leg, and for what else is fetched, plus its growth; the
+        number of tokens that its own prefix cache has, or None when there is no room."""
+        pool, leg = self._pool, seq.leg
+        num_fetched, block_size = leg.num_fetched_tokens, self._config.block_size
         if pool.cache.enabled:
             seq.hash_known()
-        hits = pool.cache.find(seq.hashes, num_prompt // block_size, ready=True)
+        hits = pool.cache.find(seq.hashes, num_fetched // block_size, ready=True)
         pool.acquire(hits)
-        missing = self._config.num_blocks_for(num_prompt) - len(hits)
-        growth = sum(growth_blocks(self._config, request, c) for c in seq.leg.open_choices)
+        num_blocks = self._config.num_blocks_for(max(num_fetched, leg.num_prompt_tokens))
+        missing = num_blocks - len(hits)
+        if num_fetched > leg.num_prompt_tokens:  # one choice: it appends, and shares nothing
+            growth = self._config.num_blocks_for(seq.num_tokens) - num_blocks
+        else:
+            growth = sum(growth_blocks(self._config, leg.request, c) for c in leg.open_choices)
         if missing + growth + headroom > pool.num_free:
             pool.release(hits)
             return None

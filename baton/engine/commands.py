@@ -6,6 +6,7 @@ A *leg* is one request on this worker. Life of a leg, by the command that opens 
     AddPrefill   waiting → running (prefill) → held        until Release or Abort
     AddDecode    waiting_for_kv → running (recompute committed output, decode) → finished
     AddLocal     waiting → running (prefill, decode) → finished
+    Share        held, beside the running leg whose blocks it holds, until Release or Abort
 
 Commands are applied only between steps. `in_flight` on Abort and Release says that a transfer
 thread may still read or write the leg's blocks: they go to quarantine and come back with Quiesced.
@@ -35,7 +36,7 @@ class AddPrefill:
 @dataclass(frozen=True, slots=True)
 class AddDecode:
     """Pin this worker's own prefix hit, reserve the rest of the prompt and one growth block per
-    open choice.
+    open choice. The KV of the first `num_tokens` of `Request.shared_token_ids` will be written.
 
     Answered at once (at the end of the step in which it is applied) by KVReserved, LegRefused (no
     room now) or LegFailed (can never fit).
@@ -43,6 +44,7 @@ class AddDecode:
 
     leg: LegId
     request: Request
+    num_tokens: int | None = None  # None: of the prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +56,34 @@ class AddLocal:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """Hold the KV that a running leg of the same request has in full blocks, for another worker to
+    fetch. Nothing is computed or copied, and the leg runs on.
+
+    Of `Request.shared_token_ids`: what several choices have in common is their prompt. Answered by
+    LegAdmitted with everything ready, and no tokens after it; by LegRefused when there is no full
+    block; by LegFailed (TOKENS_MISMATCH) when the leg runs other ids.
+    """
+
+    leg: LegId
+    request: Request
+    source: LegId
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """More output of a running leg was committed, by another worker: go on behind it. Ids at
+    indices where this leg has its own must be the same, or it fails (TOKENS_MISMATCH)."""
+
+    leg: LegId
+    output_token_ids: tuple[tuple[int, ...], ...]  # as in Request
+
+
+@dataclass(frozen=True, slots=True)
 class KVImported:
-    """The prompt's KV is in the reserved blocks. `first_tokens` hold index 0 of each open choice
-    (from the end frame); for a choice with committed output the committed ids win."""
+    """The KV that was to be written is in the reserved blocks. `first_tokens` hold index 0 of each
+    open choice (from the end frame) when that is the prompt's; for a choice with committed output
+    the committed ids win."""
 
     leg: LegId
     first_tokens: tuple[TokenChunk, ...]
@@ -127,6 +154,8 @@ Command = (
     AddPrefill
     | AddDecode
     | AddLocal
+    | Share
+    | Advance
     | KVImported
     | KVFailed
     | ComputeHere

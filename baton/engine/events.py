@@ -8,15 +8,15 @@ from baton.types import BlockHash, BlockId, LegId, StepTiming, TokenChunk, Worke
 
 @dataclass(frozen=True, slots=True)
 class LegAdmitted:
-    """AddPrefill / AddLocal: blocks for the whole prompt are reserved.
+    """AddPrefill / AddLocal: blocks for the whole prompt are reserved. Share: blocks are held.
 
-    `block_ids` cover prompt tokens [0, num_prompt_tokens) in order; tokens [0, num_cached_tokens)
-    are ready already.
+    `block_ids` cover tokens [0, num_tokens) in order; tokens [0, num_cached_tokens) are ready
+    already.
     """
 
     leg: LegId
     block_ids: tuple[BlockId, ...]
-    num_prompt_tokens: int
+    num_tokens: int
     num_cached_tokens: int
 
 
@@ -30,12 +30,12 @@ class PrefillProgress:
 
 @dataclass(frozen=True, slots=True)
 class KVReserved:
-    """AddDecode: `block_ids` cover the prompt; tokens [0, num_cached_tokens) are this worker's own
-    and ready."""
+    """AddDecode: `block_ids` cover tokens [0, num_tokens), which are to be written, and the rest of
+    the prompt; tokens [0, num_cached_tokens) are this worker's own and ready."""
 
     leg: LegId
     block_ids: tuple[BlockId, ...]
-    num_prompt_tokens: int
+    num_tokens: int
     num_cached_tokens: int
 
 

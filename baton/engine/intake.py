@@ -1,14 +1,19 @@
 """What each command does; see `baton.engine.commands` for what they mean."""
 
+from dataclasses import replace
+
 from baton.engine import commands as c
+from baton.engine.admission import check_request
 from baton.engine.block_pool import BlockPool
 from baton.engine.config import EngineConfig
 from baton.engine.legs import Legs
 from baton.engine.report import Report
 from baton.engine.scheduler import Scheduler
 from baton.engine.sequence import Leg, LegKind, Sequence, SequenceStatus
-from baton.errors import Cause
+from baton.errors import BatonError, Cause
 from baton.types import LegId
+
+_OTHER_IDS = "the leg that runs here has other tokens"
 
 
 class Intake:
@@ -37,6 +42,10 @@ class Intake:
                 self._add_decode(command)
             case c.AddLocal():
                 self._add_local(command)
+            case c.Share():
+                self._share(command)
+            case c.Advance():
+                self._advance(command)
             case c.KVImported():
                 self._kv_imported(command)
             case c.KVFailed():
@@ -87,6 +96,10 @@ class Intake:
         if leg is None:
             return
         trunk = self._legs.new_trunk(leg)
+        num_prompt = leg.num_prompt_tokens
+        leg.num_fetched_tokens = num_prompt if command.num_tokens is None else command.num_tokens
+        if leg.num_fetched_tokens > num_prompt:
+            trunk.output_token_ids += leg.request.shared_token_ids[num_prompt:]
         self._scheduler.park(trunk)
         num_cached = self._scheduler.admission.reserve(trunk, self._scheduler.num_decoding())
         if num_cached is None:
@@ -95,6 +108,48 @@ class Intake:
         else:
             leg.num_verified_tokens = num_cached
             self._report.reserved(leg, trunk.block_ids, num_cached)
+
+    # ── to another worker, and from one ──────────────────────────────────────────────────────────
+
+    def _share(self, command: c.Share) -> None:
+        known = command.request.shared_token_ids
+        source = self._legs.get(command.source)
+        wanted = tuple(command.request.open_choices())
+        branches = source.branches if source is not None else {}
+        able = [branches[choice] for choice in wanted if choice in branches]
+        if not able:
+            self._report.refused(command.leg, self._pool.num_free)
+            return
+        branch = max(able, key=lambda seq: seq.num_computed_tokens)
+        num_blocks = min(branch.num_computed_tokens, len(known)) // self._config.block_size
+        num_tokens = num_blocks * self._config.block_size
+        if not num_blocks:
+            self._report.refused(command.leg, self._pool.num_free)
+        elif tuple(branch.tokens(0, num_tokens)) != known[:num_tokens]:
+            self._report.failed(command.leg, Cause.TOKENS_MISMATCH, _OTHER_IDS)
+        else:
+            leg = self._legs.open(LegKind.PREFILL, command.leg, command.request)
+            if leg is not None:
+                self._legs.hold(leg, branch.block_ids[:num_blocks], num_tokens)
+
+    def _advance(self, command: c.Advance) -> None:
+        leg = self._legs.get(command.leg)
+        if leg is None:
+            return
+        leg.request = replace(leg.request, output_token_ids=command.output_token_ids)
+        try:
+            check_request(self._config, leg.kind, leg.request)
+        except BatonError as error:
+            self._legs.fail(leg, error.cause, error.message)
+            return
+        for choice, branch in tuple(leg.branches.items()):
+            known, own = leg.request.committed(choice), branch.output_token_ids
+            num_common = min(len(known), len(own))
+            if list(known[:num_common]) != own[:num_common]:
+                self._legs.fail(leg, Cause.TOKENS_MISMATCH, _OTHER_IDS)
+                return
+            if num_common < len(known):
+                self._scheduler.extend(branch, known[num_common:])
 
     # ── waiting for KV ───────────────────────────────────────────────────────────────────────────
 
@@ -109,6 +164,10 @@ class Intake:
         if found is None:
             return
         leg, trunk = found
+        if leg.num_fetched_tokens != leg.num_prompt_tokens:
+            leg.num_verified_tokens = leg.num_fetched_tokens
+            self._go_on(leg, trunk)
+            return
         first_tokens = {
             chunk.choice: (chunk.token_ids[0], chunk.logprobs[0] if chunk.logprobs else None)
             for chunk in command.first_tokens
@@ -130,13 +189,15 @@ class Intake:
         if found is not None:
             leg, trunk = found
             own = trunk.num_published_blocks * self._config.block_size
-            leg.num_verified_tokens = min(max(command.valid_tokens, own), leg.num_prompt_tokens)
+            leg.num_verified_tokens = min(max(command.valid_tokens, own), leg.num_fetched_tokens)
 
     def _compute_here(self, command: c.ComputeHere) -> None:
         found = self._waiting_for_kv(command.leg)
-        if found is None:
-            return
-        leg, trunk = found
+        if found is not None:
+            self._go_on(*found)
+
+    def _go_on(self, leg: Leg, trunk: Sequence) -> None:
+        """Compute here what is behind the verified tokens."""
         leg.kind = LegKind.LOCAL
         trunk.num_computed_tokens = leg.num_verified_tokens
         self._scheduler.admission.publish(trunk)

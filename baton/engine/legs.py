@@ -13,7 +13,7 @@ from baton.engine.sequence import FINISHED, Leg, LegKind, Sequence, SequenceStat
 from baton.engine.stopping import Finish, check_stop
 from baton.errors import BatonError, Cause
 from baton.hashing import root_hash
-from baton.types import LegId, Logprobs, Request
+from baton.types import BlockId, LegId, Logprobs, Request
 
 FirstToken = tuple[int, Logprobs | None]
 
@@ -87,7 +87,7 @@ class Legs:
         (choice,) = leg.open_choices
         leg.trunk, leg.branches[choice] = None, trunk
         trunk.choice, trunk.order = choice, leg.order(choice)
-        trunk.output_token_ids += leg.request.committed(choice)
+        trunk.output_token_ids[:] = leg.request.committed(choice)
 
     def _new_sequence(self, leg: Leg, choice: int) -> Sequence:
         return Sequence(next(self._seq_ids), leg, choice)
@@ -152,6 +152,17 @@ class Legs:
         leg.open_choices.discard(choice)
         self._report.finished(leg, choice, len(committed), reason)
         return True
+
+    def hold(self, leg: Leg, block_ids: list[BlockId], num_tokens: int) -> None:
+        """Let a new leg hold the KV of `num_tokens` tokens that another one computed."""
+        trunk = self.new_trunk(leg)
+        self._pool.acquire(block_ids)
+        trunk.block_ids = block_ids
+        trunk.num_computed_tokens = num_tokens
+        trunk.num_published_blocks = len(block_ids)  # it is not the one to publish them
+        trunk.status = SequenceStatus.HELD
+        self._scheduler.leases.add(leg.leg_id)
+        self._report.shared(leg, block_ids, num_tokens)
 
     # ── ending ───────────────────────────────────────────────────────────────────────────────────
 

@@ -52,8 +52,13 @@ class Report:
     def reserved(self, leg: Leg, block_ids: list[BlockId], num_cached_tokens: int) -> None:
         leg.is_admitted = leg.is_exposed = True
         blocks = tuple(block_ids)
-        event = KVReserved(leg.leg_id, blocks, leg.num_prompt_tokens, num_cached_tokens)
+        event = KVReserved(leg.leg_id, blocks, leg.num_fetched_tokens, num_cached_tokens)
         self._events.append(event)
+
+    def shared(self, leg: Leg, block_ids: list[BlockId], num_tokens: int) -> None:
+        leg.is_admitted = leg.is_exposed = True
+        blocks = tuple(block_ids)
+        self._events.append(LegAdmitted(leg.leg_id, blocks, num_tokens, num_tokens))
 
     def refused(self, leg: LegId, num_free_blocks: int) -> None:
         self._events.append(LegRefused(leg, num_free_blocks))

@@ -10,6 +10,7 @@ those that wait in one order. Who decodes and finds no block preempts the last i
 """
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence as Seq
 
 from baton.engine.admission import Admission
 from baton.engine.block_pool import BlockPool
@@ -63,6 +64,12 @@ class Scheduler:
         elif seq.status is SequenceStatus.WAITING_FOR_KV:
             self.waiting_for_kv.remove(seq.leg.leg_id)
         seq.status = status
+
+    def extend(self, seq: Sequence, token_ids: Seq[int]) -> None:
+        """Tokens that `seq` need not sample: it runs them in one chunk."""
+        self.leave(seq, SequenceStatus.WAITING)
+        seq.output_token_ids += token_ids
+        self.enqueue(seq)
 
     def take_blocks(self, seq: Sequence) -> list[BlockId]:
         """The references of `seq`, for the caller to release or to pass on."""

@@ -67,7 +67,8 @@ class Leg:
     is_exposed: bool = False  # a transfer may touch its blocks, since it is admitted
     has_emitted: bool = False  # told a token
     is_retained: bool = False
-    num_verified_tokens: int = 0  # of a DECODE leg: prompt tokens whose KV is known to be good
+    num_fetched_tokens: int = 0  # of a DECODE leg: `shared_token_ids` whose KV is to be written
+    num_verified_tokens: int = 0  # of these: known to be good
     _seeds: dict[int, int] = field(default_factory=dict)
 
     @property

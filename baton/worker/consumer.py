@@ -109,7 +109,7 @@ class ConsumerSide:
         self._check_ticket(source.ticket, request)
         self._open(session, leg, request, now_ms)
         self.reservations.reserve(leg, source)
-        self._outbox.post(commands.AddDecode(leg, request))
+        self._outbox.post(commands.AddDecode(leg, request, source.ticket.num_tokens))
 
     def rebind(self, leg: LegId, source: KVSource, now_ms: int) -> None:
         """
@@ -125,12 +125,34 @@ class ConsumerSide:
     def compute_locally(
         self, session: SessionId, leg: LegId, request: Request, now_ms: int
     ) -> None:
-        """For a known leg: fetch no more. If it runs already, the decision came too late."""
-        if leg in self._legs:
+        """For a known leg: fetch no more. If it runs already, go on behind what is committed."""
+        if leg in self.reservations:
             self._carry_out(self.reservations.compute(leg, now_ms))
+            return
+        if leg in self._legs:
+            self._advance(leg, request)
             return
         self._open(session, leg, request, now_ms)
         self._outbox.post(commands.AddLocal(leg, request))
+
+    def _advance(self, leg: LegId, request: Request) -> None:
+        for choice in request.finished_choices:
+            self.abort_choice(leg, choice)
+        if leg in self._legs and request.output_token_ids:
+            self._outbox.post(commands.Advance(leg, request.output_token_ids))
+
+    def running(self, session: SessionId, request_id: str) -> LegId | None:
+        """The session's leg of this request that has all its KV, if there is one."""
+        return next(
+            (
+                leg
+                for leg, record in self._legs.items()
+                if leg.request_id == request_id
+                and record.session == session
+                and leg not in self.reservations
+            ),
+            None,
+        )
 
     def _open(self, session: SessionId, leg: LegId, request: Request, now_ms: int) -> None:
         deadline = None if request.deadline_ms is None else now_ms + request.deadline_ms
@@ -195,7 +217,7 @@ class ConsumerSide:
             self.reservations.reserved(
                 event.leg,
                 event.block_ids,
-                event.num_prompt_tokens,
+                event.num_tokens,
                 event.num_cached_tokens,
                 now_ms,
             )
@@ -234,10 +256,12 @@ class ConsumerSide:
         if record is None:  # aborted meanwhile
             self._carry_out(self.reservations.fetch_ended(leg))
             return
+        num_tokens = self.reservations.num_tokens(leg)
         try:
-            chunks = _checked_first_tokens(record, leg, first_tokens, self._info.vocab_size)
+            chunks: tuple[TokenChunk, ...] = ()
+            if num_tokens == len(record.request.prompt_token_ids):
+                chunks = _checked_first_tokens(record, leg, first_tokens, self._info.vocab_size)
         except BatonError as error:
-            num_tokens = len(record.request.prompt_token_ids)
             self.fetch_failed(leg, num_tokens, error.cause, error.message, now_ms)
             return
         for effect in self.reservations.fetch_ended(leg):

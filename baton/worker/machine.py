@@ -173,6 +173,13 @@ class WorkerMachine:
 
     def _handle(self, session: SessionId, message: GatewayMessage, now_ms: int) -> None:
         match message:
+            case Submit(leg, request) if source := self.consumer.running(session, leg.request_id):
+                # To be let in while draining: it is how what runs here gets away.
+                self._check_unused(leg)
+                check_request(request, self._info)
+                self.producer.share(session, leg, request, source, now_ms)
+                self._used_legs[leg] = now_ms
+                self._outbox.tell(session, Queued(leg))
             case Submit(leg, request):
                 self._check_new(leg)
                 check_request(request, self._info)
@@ -191,6 +198,7 @@ class WorkerMachine:
                 self.consumer.rebind(leg, KVSource(ticket, transports, host_id), now_ms)
             case ComputeLocally(leg, request) if leg in self.consumer:
                 self._check_owner(session, leg)
+                check_request(request, self._info)
                 self.consumer.compute_locally(session, leg, request, now_ms)
             case ComputeLocally(leg, request):
                 self._check_new(leg)
@@ -212,13 +220,20 @@ class WorkerMachine:
         """May this leg begin?
 
         Raises:
-            BatonError: DRAINING, OVERLOADED, PROTOCOL (the id was used before: what is still under
-                way about the old leg would be taken for the new one's).
+            BatonError: DRAINING, OVERLOADED, PROTOCOL.
+        """
+        self._check_unused(leg)
+        if self._draining:
+            raise BatonError(Cause.DRAINING, "the worker is shutting down")
+
+    def _check_unused(self, leg: LegId) -> None:
+        """
+        Raises:
+            BatonError: OVERLOADED, PROTOCOL (the id was used before: what is still under way about
+                the old leg would be taken for the new one's).
         """
         if leg in self._used_legs:
             raise BatonError(Cause.PROTOCOL, "the leg id was used before")
-        if self._draining:
-            raise BatonError(Cause.DRAINING, "the worker is shutting down")
         if len(self._used_legs) >= MAX_REMEMBERED_LEGS:
             raise BatonError(Cause.OVERLOADED, "too many legs in a short time")
 

@@ -1,6 +1,7 @@
 """The prefill side of a worker: legs that compute a prompt and hold its KV for others to fetch.
 
 Submit ─► AddPrefill ─► LegAdmitted: a lease and its ticket ─► … ─► first tokens
+Submit of what runs here ─► Share ─► LegAdmitted: a lease and its ticket, everything ready
 the lease lives on until Release, Abort, a lost session, expiry or eviction
 """
 
@@ -117,6 +118,15 @@ class ProducerSide:
         self._outbox.post(commands.AddPrefill(leg, request))
         return True
 
+    def share(
+        self, session: SessionId, leg: LegId, request: Request, source: LegId, now_ms: int
+    ) -> None:
+        """Hold what `source`, a leg of the same request that runs here, has computed: another
+        worker is going to take it over. Pins nothing that would be free without it."""
+        deadline = None if request.deadline_ms is None else now_ms + request.deadline_ms
+        self._legs[leg] = _PrefillLeg(session, request, set(), deadline)
+        self._outbox.post(commands.Share(leg, request, source))
+
     def _is_above_watermark(self, request: Request) -> bool:
         """Leased blocks stay until a gateway says so; keep room for what is computed here."""
         num_leased = self.leases.num_pinned_blocks
@@ -176,11 +186,12 @@ class ProducerSide:
         if record is None:
             return
         record.num_done_tokens = event.num_cached_tokens
-        ticket = self._mint(record.request, now_ms)
+        ticket = self._mint(record.request, event.num_tokens, now_ms)
         self.leases.open(event.leg, ticket, event.block_ids, event.num_cached_tokens)
         self._outbox.tell(record.session, Admitted(event.leg, event.num_cached_tokens, ticket))
+        self._sampled(event.leg, record, now_ms)  # a shared one: nothing is to be sampled
 
-    def _mint(self, request: Request, now_ms: int) -> KVTicket:
+    def _mint(self, request: Request, num_tokens: int, now_ms: int) -> KVTicket:
         info = self._info
         unsigned = KVTicket(
             transfer_id=self._random_id(),
@@ -188,8 +199,8 @@ class ProducerSide:
             incarnation=info.incarnation,
             fingerprint=info.fingerprint,
             layout=info.layout,
-            num_tokens=len(request.prompt_token_ids),
-            tokens_digest=tokens_digest(request.prompt_token_ids),
+            num_tokens=num_tokens,
+            tokens_digest=tokens_digest(request.shared_token_ids[:num_tokens]),
             salt_digest=salt_digest(request.salt),
             expires_at_ms=now_ms + self._policy.lease_ttl_ms,
             key_id=0,

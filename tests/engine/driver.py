@@ -254,7 +254,7 @@ class Driver:
     def kv_of(self, leg: LegId) -> list[int]:
         """What a reader of an admitted leg finds in its blocks."""
         event = self.last(LegAdmitted, leg)
-        return self.runner.export_kv(event.block_ids, 0, event.num_prompt_tokens)
+        return self.runner.export_kv(event.block_ids, 0, event.num_tokens)
 
     def assert_complete(self, leg: LegId, request: Request) -> None:
         """Every open choice ended with exactly the oracle's tokens."""

@@ -22,7 +22,7 @@ def test_it_reserves_at_once_and_waits() -> None:
     r = request("d", prompt(40))
     leg = driver.reserved(r)
     event = driver.last(KVReserved, leg)
-    assert (len(event.block_ids), event.num_prompt_tokens, event.num_cached_tokens) == (3, 40, 0)
+    assert (len(event.block_ids), event.num_tokens, event.num_cached_tokens) == (3, 40, 0)
     snapshot = driver.core.snapshot()
     assert (snapshot.num_waiting_for_kv, snapshot.num_running) == (1, 0)
     assert snapshot.free_blocks == 64 - 3 - 1, "the prompt and one growth block"

@@ -423,7 +423,7 @@ def test_a_failed_prefill_waits_for_its_reader(machine: WorkerMachine) -> None:
 def test_a_decode_from_bind_to_the_last_token(machine: WorkerMachine) -> None:
     ticket = admit_elsewhere()
     effects = machine.receive(S1, Bind(D, request(), ticket, TRANSPORTS, "h"), 0)
-    assert posted(effects) == [commands.AddDecode(D, request())]
+    assert posted(effects) == [commands.AddDecode(D, request(), len(PROMPT))]
     fetch = only(step(machine, KVReserved(D, BLOCKS, len(PROMPT), 16)), FetchKV)
     assert fetch.fetch.range == KVRange(0, 2, 16, 40)
     assert fetch.block_ids == BLOCKS
