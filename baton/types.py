@@ -158,8 +158,8 @@ class KVLayout:
 
 @dataclass(frozen=True, slots=True)
 class KVTicket:
-    """The right to fetch the KV of `num_tokens` tokens from the worker that holds them: of a prompt,
-    or (see `Request.shared_token_ids`) of a request that it runs.
+    """The right to fetch the KV of `num_tokens` tokens from the worker that holds them: of a
+    prompt, or (see `Request.shared_token_ids`) of a request that it runs.
 
     Minted by P when all blocks are reserved; opaque to the gateway, checked by P on each
     fetch and by D against its own request. `mac` covers every other field (see

@@ -1,28 +1,8 @@
 """One request at the gateway: a pure state machine without I/O; every `now_ms` is passed in.
 
 It owns two legs. The *prefill leg* is on P, from Submit until its lease is released. The *decode
-leg* is on D (or on whoever computes locally). Together they make the states of docs/kv-exchange.md;
-WAITING and DONE have neither, or only a lease:
-
-state      legs            entered by                 left by
-─────────  ──────────────  ─────────────────────────  ─────────────────────────────────────────────
-WAITING    none, or lease  no room, no worker, two    room, a timer → PREFILL, BINDING or LOCAL;
-                           workers lost computing it  limit or deadline → DONE
-PREFILL    P               Submit                     forecast or first token → BINDING;
-                                                      all choices finished → DONE; NoRoom, Failed,
-                                                      P lost → WAITING or another route
-BINDING    P or lease, D   Bind                       Bound → IMPORTING; NoRoom, Failed, D lost →
-                                                      another D, WAITING, or P computes (LOCAL)
-IMPORTING  P or lease, D   Bound, Rebind              Imported, a token → DECODING; KvFailed →
-                                                      Rebind once (transport faults), else LOCAL on
-                                                      D or another P; P lost → LOCAL or another P;
-                                                      D lost → BINDING elsewhere, same ticket
-DECODING   lease, D        Imported                   finished → DONE; D lost, Failed → BINDING with
-                                                      the lease, else PREFILL, committed output
-                                                      included
-LOCAL      D               ComputeLocally             finished → DONE; lost, Failed, NoRoom → any
-                                                      route, committed output included
-DONE       none            finished, failed, cancel   -
+leg* is on D (or on whoever computes locally). Together they make the states of docs/kv-exchange.md,
+which has the table. `baton.gateway.migration` adds to it what a change of D under way needs.
 
 A lease is a prefill leg whose first tokens are all here; LeaseLost voids it without touching a
 running decode leg. Cancel (client gone), the deadline and DONE are legal in every state: the decode
@@ -126,10 +106,11 @@ class RequestMachine:
         for message in messages:
             if self.ended is not None:
                 break
-            if self._prefill is not None and message.leg == self._prefill.leg:
-                self._on_prefill(self._prefill, message, now_ms)
-            elif self._decode is not None and message.leg == self._decode.leg:
-                self._on_decode(self._decode, message, now_ms)
+            leg = self._find(message.leg)
+            if isinstance(leg, PrefillLeg):
+                self._on_prefill(leg, message, now_ms)
+            elif leg is not None:
+                self._on_decode(leg, message, now_ms)
             # Anything else is of a superseded leg.
         return self._settle(now_ms)
 
@@ -165,6 +146,20 @@ class RequestMachine:
             self._end(Cause.CANCELLED, "the client is gone")
         return self._settle(now_ms)
 
+    # ── legs ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _find(self, leg: LegId) -> PrefillLeg | DecodeLeg | None:
+        if self._prefill is not None and leg == self._prefill.leg:
+            return self._prefill
+        return self._decode if self._decode is not None and leg == self._decode.leg else None
+
+    def _forget(self, leg: PrefillLeg | DecodeLeg) -> None:
+        """It is over."""
+        if leg is self._prefill:
+            self._prefill = None
+        elif leg is self._decode:
+            self._decode = None
+
     # ── messages ─────────────────────────────────────────────────────────────────────────────────
 
     def _on_prefill(self, leg: PrefillLeg, message: LegMessage, now_ms: float) -> None:
@@ -186,7 +181,7 @@ class RequestMachine:
                 leg.awaited.discard(message.choice)
             case NoRoom(_, _, retry_after_ms):
                 self._patience.avoid(leg.info.worker_id, now_ms, max(retry_after_ms, 1))
-                self._prefill = None
+                self._forget(leg)
             case LeaseLost():
                 leg.is_void = True
             case Failed(_, cause, detail):
@@ -209,7 +204,7 @@ class RequestMachine:
                 self._commit(leg, message, now_ms)
             case NoRoom(_, _, retry_after_ms):
                 self._patience.avoid(leg.info.worker_id, now_ms, max(retry_after_ms, 1))
-                self._decode = None
+                self._forget(leg)
             case KvFailed() if leg.phase in {Phase.BINDING, Phase.IMPORTING}:
                 leg.phase, leg.failed = Phase.IMPORTING, message
             case Failed(_, cause, detail):
@@ -232,10 +227,7 @@ class RequestMachine:
         self, leg: PrefillLeg | DecodeLeg, cause: Cause, detail: str, now_ms: float
     ) -> None:
         """The leg is over on its worker, or must be because what it says makes no sense."""
-        if leg is self._prefill:
-            self._prefill = None
-        elif leg is self._decode:
-            self._decode = None
+        self._forget(leg)
         if cause is Cause.PROTOCOL:
             self._send(leg.info, Abort(leg.leg))
         if not self._patience.failed(leg.info.worker_id, cause, now_ms):

@@ -173,11 +173,11 @@ class WorkerMachine:
 
     def _handle(self, session: SessionId, message: GatewayMessage, now_ms: int) -> None:
         match message:
-            case Submit(leg, request) if source := self.consumer.running(session, leg.request_id):
+            case Submit(leg, request) if running := self.consumer.running(session, leg.request_id):
                 # To be let in while draining: it is how what runs here gets away.
                 self._check_unused(leg)
                 check_request(request, self._info)
-                self.producer.share(session, leg, request, source, now_ms)
+                self.producer.share(session, leg, request, running, now_ms)
                 self._used_legs[leg] = now_ms
                 self._outbox.tell(session, Queued(leg))
             case Submit(leg, request):
