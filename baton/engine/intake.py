@@ -36,14 +36,8 @@ class Intake:
 
     def apply(self, command: c.Command) -> None:
         match command:
-            case c.AddPrefill():
-                self._add_prefill(command)
-            case c.AddDecode():
-                self._add_decode(command)
-            case c.AddLocal():
-                self._add_local(command)
-            case c.Share():
-                self._share(command)
+            case c.AddPrefill() | c.AddDecode() | c.AddLocal() | c.Share():
+                self._open(command)
             case c.Advance():
                 self._advance(command)
             case c.KVImported():
@@ -56,9 +50,7 @@ class Intake:
                 self._retain(command.leg)
             case c.Pin():
                 self._pin(command.leg)
-            case c.Release():
-                self._close(command.leg, command.in_flight)
-            case c.Abort(choice=None):
+            case c.Release() | c.Abort(choice=None):
                 self._close(command.leg, command.in_flight)
             case c.Abort():
                 self._abort_choice(command)
@@ -66,6 +58,17 @@ class Intake:
                 self._pool.quiesce(command.leg)
 
     # ── opening ──────────────────────────────────────────────────────────────────────────────────
+
+    def _open(self, command: c.AddPrefill | c.AddDecode | c.AddLocal | c.Share) -> None:
+        match command:
+            case c.AddPrefill():
+                self._add_prefill(command)
+            case c.AddDecode():
+                self._add_decode(command)
+            case c.AddLocal():
+                self._add_local(command)
+            case c.Share():
+                self._share(command)
 
     def _add_prefill(self, command: c.AddPrefill) -> None:
         leg = self._legs.open(LegKind.PREFILL, command.leg, command.request)
