@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from baton.errors import BatonError
-from baton.kvtransfer.base import Attachment, Buffers, FetchOpen, Transport
+from baton.kvtransfer.base import Attachment, Buffers, FetchOpen, Staging, Transport
 from baton.kvtransfer.calls import FetchCalls
 from baton.kvtransfer.exporter import FRAME_BYTES, Exporter, ExportFeed
 from baton.kvtransfer.importer import Importer
@@ -104,9 +104,10 @@ class Packed:
     def __init__(self, num_bytes: int) -> None:
         self._num_bytes = num_bytes
 
-    async def frames(self) -> AsyncGenerator[Buffers, None]:
+    async def frames(self, staging: Staging) -> AsyncGenerator[Buffers, None]:
         frame = np.zeros(FRAME_BYTES, np.uint8).data
         for start in range(0, self._num_bytes, FRAME_BYTES):
+            await staging.take(1)
             yield (frame[: self._num_bytes - start],)
 
     async def failed(self) -> BatonError:
@@ -172,8 +173,8 @@ class Counter:
 
     def opened(self, epoch: int, num_ready_tokens: int) -> None: ...
 
-    async def frame(self, data: bytes | memoryview) -> bool:
-        self._num_left -= len(data)
+    async def frame(self, *frames: bytes | memoryview) -> bool:
+        self._num_left -= sum(map(len, frames))
         return self._num_left <= 0
 
     def patience_s(self) -> float | None:

@@ -8,7 +8,8 @@ fetch with a `BatonError` on both.
 
 Guarantees every transport gives (tests/kvtransfer/test_transports.py runs them against each):
     order       frames reach the sink in the order the attachment yields them, each exactly once;
-    bounded     at most `initial_credit` frames are in flight, whatever the sizes;
+    bounded     at most `initial_credit` frames are between packing and the sink, whatever the
+                sizes;
     cancel      cancelling `fetch` ends the producer's attachment at once, and the reverse;
     quiescence  when `fetch` returns or raises, nothing writes to the sink any more; when
     `Attachment.close` has been
@@ -41,15 +42,30 @@ class FetchOpen:
     initial_credit: int = 8
 
 
+class Staging(Protocol):
+    """Where the producer puts frames together; its room is the consumer's credit."""
+
+    async def take(self, max_frames: int) -> int:
+        """Wait until the consumer takes at least one more frame, and use up what it takes, at most
+        `max_frames`. Returns how many."""
+        ...
+
+    def buffer(self, num_bytes: int) -> memoryview:
+        """Writable memory for one frame. Callable from any thread, once per frame at most, in the
+        order of the frames."""
+        ...
+
+
 class Attachment(Protocol):
     """Producer side of one fetch; created by `FrameSource.attach`."""
 
     epoch: int
     num_ready_tokens: int
 
-    def frames(self) -> AsyncGenerator[Buffers, None]:
-        """Frames as their KV becomes ready, the end frame last. A yielded frame is a copy and stays
-        valid as long as somebody holds it. Raises BatonError when the lease is lost."""
+    def frames(self, staging: Staging) -> AsyncGenerator[Buffers, None]:
+        """Frames as their KV becomes ready, the end frame last; each is put together only after
+        `staging.take` had room for it. A yielded frame is a copy and stays valid as long as
+        somebody holds it. Raises BatonError when the lease is lost."""
         ...
 
     async def failed(self) -> BatonError:
@@ -86,8 +102,9 @@ class FrameSink(Protocol):
         """The producer accepted; frames of this epoch follow."""
         ...
 
-    async def frame(self, data: bytes | memoryview) -> bool:
-        """Verify one frame and write its KV. True = that was the end frame and everything is there.
+    async def frame(self, *frames: bytes | memoryview) -> bool:
+        """Verify frames, in this order, and write their KV. True = the last was the end frame and
+        everything is there. Their memory may be used for others afterwards.
 
         Raises:
             BatonError: FRAME_CORRUPT, FRAME_ORDER, FRAME_TRUNCATED, EPOCH_MISMATCH. The fetch ends

@@ -7,7 +7,7 @@ receiving end the consumer names when it opens the fetch.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -22,7 +22,15 @@ from baton.kvtransfer.fetch_wire import (
     fetch_open_from_pb,
     fetch_open_to_pb,
 )
-from baton.kvtransfer.pump import Credits, FetchScope, serve, settle, uninterrupted
+from baton.kvtransfer.memory import heap_buffer
+from baton.kvtransfer.pump import (
+    Arrivals,
+    Credits,
+    FetchScope,
+    serve,
+    settle,
+    uninterrupted,
+)
 from baton.rpc import ClusterToken, Connection, connect, to_baton_error
 from baton.v1 import kv_pb2 as pb
 
@@ -34,6 +42,10 @@ _LINGER_S = 5.0  # for the last word of a fetch that is over
 
 class Lane(Protocol):
     """The producer's end of one fetch whose frames travel beside the call."""
+
+    def buffer(self, num_bytes: int) -> memoryview:
+        """See `base.Staging.buffer`."""
+        ...
 
     async def send(self, frame: Buffers) -> None:
         """Hand one frame over; in order, each once."""
@@ -212,6 +224,9 @@ class _CallConsumer:
         opened = pb.FetchOpened(epoch=epoch, num_ready_tokens=num_ready_tokens)
         await self._replies.write(pb.FetchReply(opened=opened))
 
+    def buffer(self, num_bytes: int) -> memoryview:
+        return heap_buffer(num_bytes) if self._lane is None else self._lane.buffer(num_bytes)
+
     async def send(self, frame: Buffers) -> None:
         if self._lane is None:
             await self._replies.write(frame)
@@ -248,29 +263,35 @@ class FetchCall:
         self._call = call
         self._opening = opening
         self._num_allowed = 1 + opening.initial_credit  # replies: the answer, and frames
-        self._replies: asyncio.Queue[pb.FetchReply | memoryview | BatonError] = asyncio.Queue()
+        self._replies: Arrivals[pb.FetchReply | memoryview] = Arrivals()
         self.is_broken = False  # the connection, as far as can be known
         self.reading = asyncio.create_task(self._read_all())
 
     async def answer(self) -> tuple[int, int]:
         """Open the fetch: (epoch, num_ready_tokens)."""
         await self._write(pb.FetchRequest(open=self._opening))
-        reply = await self._next()
+        (reply,) = await self._replies.take(1)
         if isinstance(reply, memoryview) or reply.WhichOneof("message") != "opened":
             raise BatonError(Cause.PROTOCOL, "a fetch is answered with FetchOpened")
         return reply.opened.epoch, reply.opened.num_ready_tokens
 
-    async def frames(self) -> AsyncGenerator[memoryview, None]:
-        while True:
-            reply = await self._next()
+    async def frames(self, max_frames: int) -> list[memoryview]:
+        """The next ones, at least one.
+
+        Raises:
+            BatonError: whatever ended the call.
+        """
+        frames: list[memoryview] = []
+        for reply in await self._replies.take(max_frames):
             if not isinstance(reply, memoryview):
                 raise BatonError(Cause.PROTOCOL, f"{reply.WhichOneof('message')} among frames")
-            yield reply
+            frames.append(reply)
+        return frames
 
     async def failure(self) -> BatonError:
         """Why the call ended; for fetches whose frames do not come this way."""
         try:
-            reply = await self._next()
+            (reply,) = await self._replies.take(1)
         except BatonError as error:
             return error
         kind = "frame" if isinstance(reply, memoryview) else reply.WhichOneof("message")
@@ -302,23 +323,17 @@ class FetchCall:
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             logger.debug("the call has ended; whoever takes from it gets the reason")
 
-    async def _next(self) -> pb.FetchReply | memoryview:
-        reply = await self._replies.get()
-        if isinstance(reply, BatonError):
-            raise reply
-        return reply
-
     async def _read_all(self) -> None:
         try:
             while True:
                 reply = await self._call.read()
-                self._replies.put_nowait(self._checked(reply))
+                self._replies.put(self._checked(reply))
         except grpc.aio.AioRpcError as error:
             failure = to_baton_error(error)
             self.is_broken |= failure.cause is Cause.TRANSPORT_FAILED
-            self._replies.put_nowait(failure)
+            self._replies.fail(failure)
         except BatonError as error:
-            self._replies.put_nowait(error)
+            self._replies.fail(error)
 
     def _checked(self, reply: Any) -> pb.FetchReply | memoryview:
         if reply is grpc.aio.EOF:

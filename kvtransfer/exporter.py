@@ -13,12 +13,13 @@ from dataclasses import replace
 from typing import Protocol
 
 from baton.errors import BatonError, Cause
-from baton.kvtransfer.base import Buffers, FetchOpen
+from baton.kvtransfer.base import Buffers, FetchOpen, Staging
 from baton.kvtransfer.frames import HEADER_BYTES, FrameWriter
 from baton.kvtransfer.memory import KVMemory
 from baton.types import BlockId, KVRange
 
 FRAME_BYTES = 1 << 20
+_MAX_FRAMES = 4  # packed at a time: going to the transfer thread and back costs as much as 100 KiB
 
 
 class ExportFeed:
@@ -67,7 +68,7 @@ class ExportFeed:
             BatonError: the feed was cut.
         """
         while self.num_ready_tokens <= num_tokens or self.error:
-            self._raise_if_cut()
+            self.raise_if_cut()
             await self._changed.wait()
         return self.num_ready_tokens
 
@@ -78,7 +79,7 @@ class ExportFeed:
             BatonError: the feed was cut.
         """
         while self.end_payload is None or self.error:
-            self._raise_if_cut()
+            self.raise_if_cut()
             await self._changed.wait()
         return self.end_payload
 
@@ -88,7 +89,11 @@ class ExportFeed:
             await self._changed.wait()
         return self.error
 
-    def _raise_if_cut(self) -> None:
+    def raise_if_cut(self) -> None:
+        """
+        Raises:
+            BatonError: the error that it was cut with.
+        """
         if self.error is not None:
             raise self.error
 
@@ -159,35 +164,49 @@ class ExportAttachment:
         self.epoch = feed.epoch
         self.num_ready_tokens = feed.num_ready_tokens
 
-    async def frames(self) -> AsyncGenerator[Buffers, None]:
+    async def frames(self, staging: Staging) -> AsyncGenerator[Buffers, None]:
         where = self._where
         sent = where.token_start
         while sent < where.token_stop:
             ready = min(await self._feed.ready_beyond(sent), where.token_stop)
             span = replace(where, token_start=sent, token_stop=ready)
-            for part in self._next_parts(span):
-                yield await self._read(part)
-                sent = part.token_stop
-            self._gate.progress(self.epoch, sent)
+            parts = self._next_parts(span)
+            while parts:
+                num_frames = await staging.take(min(len(parts), _MAX_FRAMES))
+                now, parts = parts[:num_frames], parts[num_frames:]
+                for part, frame in zip(now, await self._read(now, staging), strict=True):
+                    self._feed.raise_if_cut()
+                    yield frame
+                    if part.layer_stop == where.layer_stop:
+                        sent = part.token_stop
+                        self._gate.progress(self.epoch, sent)
         payload = await self._feed.ended()
+        await staging.take(1)
         yield self._writer.end(where, payload)
 
     def _next_parts(self, span: KVRange) -> list[KVRange]:
-        return next_parts(
-            span, self._memory.layout.block_size, self._memory.num_bytes(span), self._frame_bytes
-        )
+        """Of some whole runs of tokens out of `span`, as many as are packed at a time or a run
+        more."""
+        parts: list[KVRange] = []
+        block_size = self._memory.layout.block_size
+        while span.num_tokens and len(parts) < _MAX_FRAMES:
+            num_bytes = self._memory.num_bytes(span)
+            parts += next_parts(span, block_size, num_bytes, self._frame_bytes)
+            span = replace(span, token_start=parts[-1].token_stop)
+        return parts
 
-    async def _read(self, part: KVRange) -> Buffers:
-        """One data frame. Under the lock, so that `close` can wait for it."""
+    async def _read(self, parts: Sequence[KVRange], staging: Staging) -> list[Buffers]:
+        """Data frames. Under the lock, so that `close` can wait for it."""
         async with self._reading:
-            if self._feed.error is not None:
-                raise self._feed.error
-            return await self._memory.run(self._pack, part)
+            self._feed.raise_if_cut()
+            return await self._memory.run(self._pack, parts, staging)
 
-    def _pack(self, part: KVRange) -> Buffers:
-        return self._writer.data(
-            part, self._memory.pack(self._feed.block_ids, part, headroom_bytes=HEADER_BYTES)
-        )
+    def _pack(self, parts: Sequence[KVRange], staging: Staging) -> list[Buffers]:
+        memory, block_ids = self._memory, self._feed.block_ids
+        return [
+            self._writer.data(part, memory.pack(block_ids, part, HEADER_BYTES, staging.buffer))
+            for part in parts
+        ]
 
     async def failed(self) -> BatonError:
         return await self._feed.failed()

@@ -38,7 +38,7 @@ class GrpcTransport:
         call = self._calls.call(peer.address, self.name, fetch)
         try:
             sink.opened(*await answer_in_time(call.answer()))
-            received = await take_frames(call.frames(), sink, fetch.initial_credit, call.give)
+            received = await take_frames(call.frames, sink, fetch.initial_credit, call.give)
             await call.done()
         except BaseException as error:
             await call.cancel(error)

@@ -68,28 +68,30 @@ class Importer:
         self._num_ready_tokens = num_ready_tokens
         self._started_s = self._clock()
 
-    async def frame(self, data: bytes | memoryview) -> bool:
-        if self._reader is None or self.is_complete:
-            raise BatonError(Cause.FRAME_ORDER, "a frame before opening or after the end frame")
-        frame = await self._memory.run(self._apply, self._reader, data)
-        self.num_bytes += len(data)
-        if frame.kind is FrameKind.END:
-            self.end_payload = bytes(frame.payload)
-        else:
-            for layer in range(frame.range.layer_start, frame.range.layer_stop):
-                self._next_token[layer] = frame.range.token_stop
+    async def frame(self, *frames: bytes | memoryview) -> bool:
+        if self._reader is None:
+            raise BatonError(Cause.FRAME_ORDER, "a frame before opening")
+        await self._memory.run(self._apply_all, self._reader, frames)
         return self.is_complete
 
-    def _apply(self, reader: FrameReader, data: bytes | memoryview) -> Frame:
-        """On the transfer thread: nothing is written before everything about the frame is known to
-        be right."""
-        frame = reader.accept(data)
+    def _apply_all(self, reader: FrameReader, frames: Sequence[bytes | memoryview]) -> None:
+        """On the transfer thread, while nobody else changes this importer."""
+        for data in frames:
+            if self.is_complete:
+                raise BatonError(Cause.FRAME_ORDER, "a frame after the end frame")
+            self._apply(reader.accept(data))
+            self.num_bytes += len(data)
+
+    def _apply(self, frame: Frame) -> None:
+        """Nothing is written before everything about the frame is known to be right."""
         if frame.kind is FrameKind.END:
             self._check_end(frame)
-        else:
-            self._check_data(frame)
-            self._memory.unpack(self._block_ids, frame.range, frame.payload)
-        return frame
+            self.end_payload = bytes(frame.payload)
+            return
+        self._check_data(frame)
+        self._memory.unpack(self._block_ids, frame.range, frame.payload)
+        for layer in range(frame.range.layer_start, frame.range.layer_stop):
+            self._next_token[layer] = frame.range.token_stop
 
     def _check_data(self, frame: Frame) -> None:
         got, where = frame.range, self._where

@@ -3,14 +3,22 @@ of what a transport is."""
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
 
 from baton.errors import BatonError, Cause
 from baton.kvtransfer.base import Buffers, FetchOpen, FrameSink, FrameSource
-from baton.kvtransfer.pump import Credits, FetchScope, answer_in_time, serve, settle, take_frames
+from baton.kvtransfer.memory import heap_buffer
+from baton.kvtransfer.pump import (
+    Arrivals,
+    Credits,
+    FetchScope,
+    answer_in_time,
+    serve,
+    settle,
+    take_frames,
+)
 from baton.types import TransferStats, TransportAddress
 
-_Item = tuple[int, int] | bytes | memoryview | BatonError
+_Item = tuple[int, int] | bytes | memoryview
 
 
 class LocalNetwork:
@@ -66,7 +74,7 @@ class LocalTransport:
         serving = asyncio.create_task(producer.serve(fetch, link))
         try:
             sink.opened(*await answer_in_time(link.answer()))
-            received = await take_frames(link.frames(), sink, fetch.initial_credit, link.give)
+            received = await take_frames(link.frames, sink, fetch.initial_credit, link.give)
             link.done.set()
             await serving
         finally:
@@ -98,38 +106,35 @@ class _Link:
     def __init__(self, initial_credit: int) -> None:
         self.credits = Credits(initial_credit)
         self.done = asyncio.Event()
-        # Bounded by the credit: the answer, frames, at most one error.
-        self._queue: asyncio.Queue[_Item] = asyncio.Queue()
+        self._arrivals: Arrivals[_Item] = Arrivals()  # the answer, and frames
 
     # producer's side
 
     async def opened(self, epoch: int, num_ready_tokens: int) -> None:
-        self._queue.put_nowait((epoch, num_ready_tokens))
+        self._arrivals.put((epoch, num_ready_tokens))
+
+    def buffer(self, num_bytes: int) -> memoryview:
+        return heap_buffer(num_bytes)
 
     async def send(self, frame: Buffers) -> None:
-        self._queue.put_nowait(memoryview(frame[0]) if len(frame) == 1 else b"".join(frame))
+        self._arrivals.put(memoryview(frame[0]) if len(frame) == 1 else b"".join(frame))
 
     def fail(self, error: BatonError) -> None:
-        self._queue.put_nowait(error)
+        self._arrivals.fail(error)
 
     # consumer's side
 
     async def answer(self) -> tuple[int, int]:
-        item = await self._next()
+        (item,) = await self._arrivals.take(1)
         assert isinstance(item, tuple), "opened comes first"
         return item
 
-    async def frames(self) -> AsyncGenerator[bytes | memoryview, None]:
-        while True:
-            item = await self._next()
-            assert not isinstance(item, tuple), "opened comes once"
-            yield item
+    async def frames(self, max_frames: int) -> list[bytes | memoryview]:
+        return [
+            item
+            for item in await self._arrivals.take(max_frames)
+            if not isinstance(item, tuple)  # opened comes once, and was taken
+        ]
 
     async def give(self, num_frames: int) -> None:
         self.credits.give(num_frames)
-
-    async def _next(self) -> tuple[int, int] | bytes | memoryview:
-        item = await self._queue.get()
-        if isinstance(item, BatonError):
-            raise item
-        return item

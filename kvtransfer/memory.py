@@ -35,6 +35,11 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
+def heap_buffer(num_bytes: int) -> memoryview:
+    """Writable memory that nobody else holds; its content is undefined."""
+    return np.empty(num_bytes, np.uint8).data
+
+
 class KVMemory:
     """Packs and unpacks ranges of a KV cache. One per worker, shared by exporter and importers.
 
@@ -70,14 +75,20 @@ class KVMemory:
         """Payload size of a range."""
         return kv_pack.payload_bytes(self._kv_cache, where)
 
-    def pack(self, block_ids: Sequence[int], where: KVRange, headroom_bytes: int = 0) -> memoryview:
-        """The payload of `where` in fresh host memory, behind `headroom_bytes` that are left to
-        the caller."""
+    def pack(
+        self,
+        block_ids: Sequence[int],
+        where: KVRange,
+        headroom_bytes: int = 0,
+        buffer: Callable[[int], memoryview] = heap_buffer,
+    ) -> memoryview:
+        """The payload of `where` behind `headroom_bytes` that are left to the caller, in host
+        memory: on CPU what `buffer` returns for that many bytes."""
         num_bytes = self.num_bytes(where)
         if self._stream is None:
-            buffer = np.empty(headroom_bytes + num_bytes, np.uint8).data
-            kv_pack.pack_kv(self._kv_cache, block_ids, where, buffer[headroom_bytes:])
-            return buffer
+            out = buffer(headroom_bytes + num_bytes)
+            kv_pack.pack_kv(self._kv_cache, block_ids, where, out[headroom_bytes:])
+            return out
         with torch.cuda.stream(self._stream):
             packed = torch.empty(num_bytes, dtype=torch.uint8, device=self._kv_cache.device)
             kv_pack.pack_kv(self._kv_cache, block_ids, where, packed)

@@ -3,10 +3,11 @@ ends a transport's fetches when it closes."""
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from baton.errors import BatonError, Cause
 from baton.kvtransfer.base import Buffers, FetchOpen, FrameSink, FrameSource
@@ -17,7 +18,7 @@ T = TypeVar("T")
 
 MAX_CREDIT = 64  # frames; a consumer that grants more is not believed
 _ANSWER_PATIENCE_S = 10.0  # attaching may wait for one engine step, never for a prefill
-_PACK_AHEAD = 1  # frames packed while another is being sent
+_PACK_AHEAD = 4  # frames packed while others are being sent; credit is used up when packing
 
 
 # ── producer ─────────────────────────────────────────────────────────────────────────────────────
@@ -45,12 +46,14 @@ class Credits:
         self._num_frames += num_frames
         self._given.set()
 
-    async def take(self) -> None:
-        """Wait for one and use it up. For one taker."""
+    async def take(self, max_frames: int) -> int:
+        """Wait for at least one, use up at most `max_frames`; how many. For one taker."""
         while not self._num_frames:
             self._given.clear()
             await self._given.wait()
-        self._num_frames -= 1
+        num_taken = min(self._num_frames, max_frames)
+        self._num_frames -= num_taken
+        return num_taken
 
 
 class Consumer(Protocol):
@@ -61,7 +64,24 @@ class Consumer(Protocol):
 
     async def opened(self, epoch: int, num_ready_tokens: int) -> None: ...
 
+    def buffer(self, num_bytes: int) -> memoryview:
+        """See `Staging.buffer`."""
+        ...
+
     async def send(self, frame: Buffers) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Staging:
+    """A `Staging` bounded by the consumer's credit."""
+
+    _consumer: Consumer
+
+    async def take(self, max_frames: int) -> int:
+        return await self._consumer.credits.take(max_frames)
+
+    def buffer(self, num_bytes: int) -> memoryview:
+        return self._consumer.buffer(num_bytes)
 
 
 async def serve(source: FrameSource, fetch: FetchOpen, consumer: Consumer) -> None:
@@ -87,8 +107,7 @@ async def _serve(source: FrameSource, fetch: FetchOpen, consumer: Consumer) -> N
 
     async def send_all() -> None:
         await consumer.opened(attachment.epoch, attachment.num_ready_tokens)
-        async for frame in ahead(attachment.frames(), _PACK_AHEAD):
-            await consumer.credits.take()
+        async for frame in ahead(attachment.frames(_Staging(consumer)), _PACK_AHEAD):
             await consumer.send(frame)
 
     sending = asyncio.create_task(send_all())
@@ -132,47 +151,82 @@ async def answer_in_time(answer: Awaitable[tuple[int, int]]) -> tuple[int, int]:
         raise BatonError(Cause.TRANSFER_STALLED, "the producer does not answer") from None
 
 
+class Arrivals(Generic[T]):
+    """What has come in and was not taken yet, and what ended it. One taker; never blocks whoever
+    puts, so its size must be bounded elsewhere (by the credit)."""
+
+    def __init__(self) -> None:
+        self._items: deque[T] = deque()
+        self._error: BatonError | None = None
+        self._changed = asyncio.Event()
+
+    def put(self, item: T) -> None:
+        self._items.append(item)
+        self._changed.set()
+
+    def fail(self, error: BatonError) -> None:
+        """Raised to the taker after what came before it. The first error stands."""
+        self._error = self._error or error
+        self._changed.set()
+
+    def clear(self) -> None:
+        self._items.clear()
+
+    async def take(self, max_items: int) -> list[T]:
+        """What is there, at most `max_items`; waits for one.
+
+        Raises:
+            BatonError: see `fail`.
+        """
+        while not self._items:
+            if self._error is not None:
+                raise self._error
+            self._changed.clear()
+            await self._changed.wait()
+        return [self._items.popleft() for _ in range(min(len(self._items), max_items))]
+
+
 async def take_frames(
-    frames: AsyncGenerator[bytes | memoryview, None],
+    take: Callable[[int], Awaitable[Sequence[bytes | memoryview]]],
     sink: FrameSink,
     initial_credit: int,
     give_credit: Callable[[int], Awaitable[None]],
 ) -> Received:
     """The consumer's half: frames into the sink until it has everything.
 
-    Credit goes back in batches of half of what was given at first, so that it costs few messages
-    and rarely runs dry. `frames` should fetch up to that many frames ahead of what is asked for.
+    The sink gets together what has arrived together, up to half of the credit: while it is at that
+    half, the other one is on its way. Credit goes back in such halves too, so that it costs few
+    messages and rarely runs dry.
+
+    Args:
+        take: the next frames, at least one and at most as many as it is given.
 
     Raises:
-        BatonError: what `frames` or the sink raise; TRANSFER_STALLED; FRAME_TRUNCATED if `frames`
-            ends before the sink has everything.
+        BatonError: what `take` or the sink raise; TRANSFER_STALLED.
     """
-    received, owed = Received(), 0
-    async with aclosing(frames):
-        while True:
-            data = await _next_frame(frames, sink.patience_s())
-            received.num_frames += 1
-            received.num_bytes += len(data)
-            if await sink.frame(data):
-                return received
-            owed += 1
-            if owed >= max(1, initial_credit // 2):
-                await give_credit(owed)
-                owed = 0
+    received, owed, half = Received(), 0, max(1, initial_credit // 2)
+    while True:
+        frames = await _next_frames(take(half), sink.patience_s())
+        received.num_frames += len(frames)
+        received.num_bytes += sum(map(len, frames))
+        if await sink.frame(*frames):
+            return received
+        owed += len(frames)
+        if owed >= half:
+            await give_credit(owed)
+            owed = 0
 
 
-async def _next_frame(
-    frames: AsyncIterator[bytes | memoryview], patience_s: float | None
-) -> bytes | memoryview:
+async def _next_frames(
+    frames: Awaitable[Sequence[bytes | memoryview]], patience_s: float | None
+) -> Sequence[bytes | memoryview]:
     try:
         async with asyncio.timeout(patience_s):
-            return await anext(frames)
+            return await frames
     except TimeoutError:
         raise BatonError(
             Cause.TRANSFER_STALLED, f"no frame came within {patience_s:.1f} s"
         ) from None
-    except StopAsyncIteration:
-        raise BatonError(Cause.FRAME_TRUNCATED, "the frames ended too early") from None
 
 
 # ── tasks ────────────────────────────────────────────────────────────────────────────────────────

@@ -22,6 +22,7 @@ from baton.errors import BatonError, Cause
 from baton.kvtransfer.base import Buffers, FetchOpen, FrameSink, FrameSource
 from baton.kvtransfer.calls import FetchCall, FetchCalls
 from baton.kvtransfer.frames import MAX_FRAME_BYTES
+from baton.kvtransfer.memory import heap_buffer
 from baton.kvtransfer.pump import FetchScope, answer_in_time, settle, take_frames
 from baton.kvtransfer.ucx_messages import Inbox
 from baton.kvtransfer.ucx_worker import Endpoint, UcxWorker, settings_for
@@ -80,7 +81,7 @@ class UcxTransport:
         try:
             sink.opened(*await answer_in_time(call.answer()))
             watching.append(asyncio.create_task(_watch(call, inbox)))
-            received = await take_frames(inbox.messages(), sink, fetch.initial_credit, give)
+            received = await take_frames(inbox.take, sink, fetch.initial_credit, give)
             await call.done()
         except BaseException as error:
             failure = error
@@ -151,6 +152,9 @@ class _Lane:
         self._endpoint = endpoint
         self._tag = tag
         self._max_frame_bytes = max_frame_bytes
+
+    def buffer(self, num_bytes: int) -> memoryview:
+        return heap_buffer(num_bytes)
 
     async def send(self, frame: Buffers) -> None:
         message = memoryview(frame[0] if len(frame) == 1 else b"".join(frame))

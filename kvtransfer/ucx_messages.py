@@ -1,11 +1,11 @@
 """Messages over UCX on their way: requests, and what has arrived for one tag."""
 
-import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from typing import Any
 
 from baton.errors import BatonError, Cause
+from baton.kvtransfer.pump import Arrivals
 from baton.kvtransfer.ucx_api import ucx
 
 
@@ -45,14 +45,14 @@ class Inbox:
         self._num_allowed = num_allowed
         self._is_closed = False
         self._arriving: deque[Request] = deque()
-        self._items: asyncio.Queue[memoryview | BatonError] = asyncio.Queue()
+        self._arrivals: Arrivals[memoryview] = Arrivals()
 
     def allow(self, num_messages: int) -> None:
         self._num_allowed += num_messages
 
     def fail(self, error: BatonError) -> None:
         """Raised to whoever reads, after what has arrived."""
-        self._items.put_nowait(error)
+        self._arrivals.fail(error)
 
     def expect(self, request: Request, num_bytes: int) -> None:
         """A message of `num_bytes` has begun to arrive."""
@@ -67,20 +67,26 @@ class Inbox:
         """Hand over what has arrived."""
         while self._arriving and self._arriving[0].is_completed:
             request = self._arriving.popleft()
-            if not self._is_closed:
-                self._items.put_nowait(request.error() or request.buffer)
+            if self._is_closed:
+                continue
+            error = request.error()
+            if error is None:
+                self._arrivals.put(request.buffer)
+            else:
+                self.fail(error)
 
-    async def messages(self) -> AsyncGenerator[memoryview, None]:
-        while True:
-            item = await self._items.get()
-            if isinstance(item, BatonError):
-                raise item
-            yield item
+    async def take(self, max_messages: int) -> list[memoryview]:
+        """The next messages, at least one.
+
+        Raises:
+            BatonError: see `fail`.
+        """
+        return await self._arrivals.take(max_messages)
 
     def close(self) -> None:
         """Nobody reads any more: what is here and what comes is dropped."""
         self._is_closed = True
-        self._items = asyncio.Queue()
+        self._arrivals.clear()
 
 
 def transport_failed(error: Exception) -> BatonError:

@@ -175,9 +175,10 @@ class _Sink:
     def opened(self, epoch: int, num_ready_tokens: int) -> None:
         self._importer.opened(epoch, num_ready_tokens)
 
-    async def frame(self, data: bytes | memoryview) -> bool:
-        is_complete = await self._importer.frame(data)
-        self._on_progress()
+    async def frame(self, *frames: bytes | memoryview) -> bool:
+        is_complete = await self._importer.frame(*frames)
+        for _ in frames:
+            self._on_progress()
         return is_complete
 
     def patience_s(self) -> float | None:

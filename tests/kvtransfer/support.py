@@ -12,12 +12,12 @@ from torch import Tensor
 
 from baton.errors import BatonError, Cause
 from baton.kernels.kv_pack import pack_kv_torch, payload_bytes
-from baton.kvtransfer.base import Attachment, Buffers, FetchOpen, Transport
+from baton.kvtransfer.base import Attachment, Buffers, FetchOpen, Staging, Transport
 from baton.kvtransfer.calls import FetchCalls
 from baton.kvtransfer.exporter import ExportFeed
 from baton.kvtransfer.grpc_stream import GrpcTransport
 from baton.kvtransfer.local import LocalNetwork, LocalTransport
-from baton.kvtransfer.memory import KVMemory
+from baton.kvtransfer.memory import KVMemory, heap_buffer
 from baton.rpc import ClusterToken, RpcServer
 from baton.types import BlockId, KVGroup, KVKind, KVLayout, KVRange, KVTicket
 
@@ -116,6 +116,16 @@ class Gate:
 Script = Callable[["ScriptedAttachment"], AsyncGenerator[Buffers, None]]
 
 
+class Unbounded:
+    """A `Staging` for whoever takes every frame at once."""
+
+    async def take(self, max_frames: int) -> int:
+        return max_frames
+
+    def buffer(self, num_bytes: int) -> memoryview:
+        return heap_buffer(num_bytes)
+
+
 class ScriptedAttachment:
     """Yields what its script yields and writes down what happens to it."""
 
@@ -130,10 +140,11 @@ class ScriptedAttachment:
         self.cut: asyncio.Future[BatonError] = asyncio.get_running_loop().create_future()
         self._script = script
 
-    async def frames(self) -> AsyncGenerator[Buffers, None]:
+    async def frames(self, staging: Staging) -> AsyncGenerator[Buffers, None]:
         self.is_iterating = True
         try:
             async for frame in self._script(self):
+                await staging.take(1)
                 assert not self.closed.is_set(), "read after close"
                 self.num_yielded += 1
                 self.yielded.set()
@@ -202,7 +213,14 @@ class RecordingSink:
         self.epoch = epoch
         assert num_ready_tokens == 7
 
-    async def frame(self, data: bytes | memoryview) -> bool:
+    async def frame(self, *frames: bytes | memoryview) -> bool:
+        assert frames
+        for data in frames:
+            if len(self.frames) < self.num_wanted:
+                await self._frame(data)
+        return len(self.frames) == self.num_wanted
+
+    async def _frame(self, data: bytes | memoryview) -> None:
         assert self.epoch is not None, "a frame before opened"
         assert not self.is_busy, "two frames at once"
         self.is_busy = True
@@ -215,7 +233,6 @@ class RecordingSink:
             self.frames.append(bytes(data))
         finally:
             self.is_busy = False
-        return len(self.frames) == self.num_wanted
 
     def patience_s(self) -> float | None:
         return self.patience

@@ -12,7 +12,15 @@ from baton.errors import BatonError, Cause
 from baton.kvtransfer.exporter import Exporter, next_parts
 from baton.kvtransfer.frames import Frame, FrameKind, decode
 from baton.types import KVRange
-from tests.kvtransfer.support import NUM_LAYERS, TOKEN_BYTES, Gate, Pool, make_fetch, make_pool
+from tests.kvtransfer.support import (
+    NUM_LAYERS,
+    TOKEN_BYTES,
+    Gate,
+    Pool,
+    Unbounded,
+    make_fetch,
+    make_pool,
+)
 
 CELL_BYTES = TOKEN_BYTES // NUM_LAYERS
 
@@ -24,7 +32,7 @@ def pool() -> Pool:
 
 async def read(exporter: Exporter, num_tokens: int, token_start: int = 0) -> list[Frame]:
     attachment = await exporter.attach(make_fetch(num_tokens, token_start))
-    frames = [decode(b"".join(frame)) async for frame in attachment.frames()]
+    frames = [decode(b"".join(frame)) async for frame in attachment.frames(Unbounded())]
     await attachment.close()
     return frames
 
@@ -69,7 +77,7 @@ async def test_everything_that_is_ready_in_as_few_frames_as_the_size_allows(pool
 async def test_frames_follow_the_prefill(pool: Pool) -> None:
     gate = Gate(pool, num_ready_tokens=0, end_payload=None)
     attachment = await Exporter(pool.memory, gate).attach(make_fetch(64))
-    frames = attachment.frames()
+    frames = attachment.frames(Unbounded())
     (feed,) = gate.feeds
 
     async def next_frame() -> Frame:
@@ -127,7 +135,7 @@ async def test_a_cut_attachment_raises_its_cause(pool: Pool, num_ready_tokens: i
     gate = Gate(pool, num_ready_tokens, end_payload=None)
     attachment = await Exporter(pool.memory, gate, 1000).attach(make_fetch(64))
     failing = asyncio.create_task(attachment.failed())
-    frames = attachment.frames()
+    frames = attachment.frames(Unbounded())
     if num_ready_tokens:
         await anext(frames)
     gate.feeds[0].cut(BatonError(Cause.LEASE_UNKNOWN, "evicted"))
@@ -150,7 +158,7 @@ async def test_close_waits_for_the_reading_and_tells_once(pool: Pool) -> None:
         return pack(*args, **kwargs)
 
     pool.memory.pack = slow_pack  # type: ignore[method-assign]
-    reading = asyncio.create_task(anext(attachment.frames()))
+    reading = asyncio.create_task(anext(attachment.frames(Unbounded())))
     await blocked.wait()
     closing = [asyncio.create_task(attachment.close()) for _ in range(2)]
     await asyncio.sleep(0.02)
@@ -158,6 +166,7 @@ async def test_close_waits_for_the_reading_and_tells_once(pool: Pool) -> None:
     go.set()
     await asyncio.gather(*closing)
     assert gate.told == [("closed", attachment.epoch)]
-    await reading  # the frame is a copy and may still be used
+    with pytest.raises(BatonError, match="the reader is gone"):
+        await reading
     await attachment.close()
     assert gate.told == [("closed", attachment.epoch)]
