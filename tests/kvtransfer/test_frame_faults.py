@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from baton.errors import BatonError, Cause
-from baton.kvtransfer.base import Attachment, Buffers, FetchOpen
+from baton.kvtransfer.base import Attachment, Buffers, FetchOpen, Staging
 from baton.kvtransfer.exporter import Exporter
 from baton.kvtransfer.importer import Importer
 from baton.types import KVRange
@@ -17,6 +17,7 @@ from tests.kvtransfer.support import (
     Gate,
     Pair,
     Pool,
+    Unbounded,
     connected,
     make_fetch,
     make_pool,
@@ -64,11 +65,12 @@ class FaultyAttachment:
         self._source = source
         self._fault = fault
 
-    async def frames(self) -> AsyncGenerator[Buffers, None]:
-        frames = [b"".join(parts) async for parts in self._attachment.frames()]
+    async def frames(self, staging: Staging) -> AsyncGenerator[Buffers, None]:
+        frames = [b"".join(parts) async for parts in self._attachment.frames(Unbounded())]
         assert len(frames) > K + 2
         before, self._source.recorded = self._source.recorded, frames
         for frame in frames if self._fault is None else self._fault(frames, before):
+            await staging.take(1)
             yield (frame,)
 
 
