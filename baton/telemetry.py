@@ -113,6 +113,19 @@ class WorkerMetrics(_Metrics):
         )
         self.kv_transfer_s = self._seconds("kv_transfer", "Duration of one fetch.", "transport")
         self.failures = self._counter("leg_failures", "Legs that failed here.", "cause")
+        self._declare_exchange()
+
+    def _declare_exchange(self) -> None:
+        self.lease_events = self._counter("kv_lease_events", "What became of KV leases.", "event")
+        self.attach_refusals = self._counter(
+            "kv_attach_refusals", "Fetches refused by this producer.", "cause"
+        )
+        self.fetch_failures = self._counter(
+            "kv_fetch_failures",
+            "Fetches by this consumer that ended early; frame_* are damaged or misplaced frames.",
+            "cause",
+        )
+        self.kv_frames = self._counter("kv_frames", "Verified frames.", "transport")
 
 
 @dataclass(slots=True)

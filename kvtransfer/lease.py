@@ -30,6 +30,11 @@ from baton.kvtransfer.effects import (
 )
 from baton.types import BlockId, KVTicket, LegId, TokenChunk
 
+# What `LeaseTable.counts` counts. `reattached`: KV that somebody else had begun to read before.
+COUNTS = (
+    *("opened", "retained", "pinned_again", "attached", "reattached", "done", "stalled"),
+    *("expired", "evicted", "failed", "released"),
+)
 MAX_ATTACHMENTS = 8  # of one lease at a time; each costs the producer a sender
 
 
@@ -58,6 +63,7 @@ class _Lease:
     state: LeaseState = LeaseState.PINNED
     first_tokens: tuple[TokenChunk, ...] | None = None
     was_read: bool = False
+    num_grants: int = 0
     idle_since_ms: int = 0  # complete and without readers
     attachments: dict[int, _Attachment] = field(default_factory=dict)  # by epoch
     pending: dict[int, int] = field(default_factory=dict)  # while PINNING: key → first token wanted
@@ -91,6 +97,7 @@ class LeaseTable:
         self._by_epoch: dict[int, _Lease] = {}
         self._by_key: dict[int, _Lease] = {}
         self._pinned_blocks: Counter[BlockId] = Counter()
+        self.counts: Counter[str] = Counter()  # since the start, for metrics
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -121,6 +128,7 @@ class LeaseTable:
         assert ticket.transfer_id not in self._by_transfer
         lease = _Lease(leg, ticket, block_ids, num_ready_tokens)
         self._leases[leg] = self._by_transfer[ticket.transfer_id] = lease
+        self.counts["opened"] += 1
         self._pinned_blocks.update(block_ids)
 
     def ready(self, leg: LegId, num_ready_tokens: int, now_ms: int) -> list[LeaseEffect]:
@@ -158,6 +166,7 @@ class LeaseTable:
         if lease is None or lease.state is not LeaseState.PINNING:
             return []
         lease.state = LeaseState.PINNED
+        self.counts["pinned_again"] += 1
         waiting, lease.pending = lease.pending, {}
         effects: list[LeaseEffect] = []
         for key, token_start in waiting.items():
@@ -173,6 +182,7 @@ class LeaseTable:
         assert not lease.attachments, "a lease with readers is pinned"
         effects = self._refuse_pending(lease, "the KV was evicted")
         self._forget(lease)
+        self.counts["evicted"] += 1
         return [*effects, LeaseEnded(leg, Cause.LEASE_UNKNOWN)]
 
     def failed(self, leg: LegId) -> list[LeaseEffect]:
@@ -182,6 +192,7 @@ class LeaseTable:
             return [QuiesceLease(leg)]
         if lease.state is LeaseState.CLOSING:
             return []  # comes when the last reader has stopped
+        self.counts["failed"] += 1
         effects = self._refuse_pending(lease, "the prefill failed")
         if lease.attachments:
             return [*effects, *self._close(lease, "the prefill failed")]
@@ -194,12 +205,16 @@ class LeaseTable:
         lease = self._leases.get(leg)
         if lease is None or lease.state is LeaseState.CLOSING:
             return []
+        self.counts["released"] += 1
+        return self._drop(lease)
+
+    def _drop(self, lease: _Lease) -> list[LeaseEffect]:
         effects = self._refuse_pending(lease, "the lease was released")
         if not lease.attachments:
             self._forget(lease)
-            return [*effects, DropLease(leg, in_flight=False)]
+            return [*effects, DropLease(lease.leg, in_flight=False)]
         effects += self._close(lease, "the lease was released")
-        return [*effects, DropLease(leg, in_flight=True)]
+        return [*effects, DropLease(lease.leg, in_flight=True)]
 
     # ── from consumers ───────────────────────────────────────────────────────────────────────────
 
@@ -246,6 +261,7 @@ class LeaseTable:
         lease = self._by_epoch.get(epoch)
         if lease is not None and not lease.attachments[epoch].is_cut:
             lease.attachments[epoch].is_done = True
+            self.counts["done"] += 1
             lease.was_read = True
 
     def closed(self, epoch: int, now_ms: int) -> list[LeaseEffect]:
@@ -270,10 +286,12 @@ class LeaseTable:
             for attachment in lease.attachments.values():
                 late = now_ms - attachment.progress_at_ms > self._stall_ms
                 if late and not attachment.is_cut and lease.owes_reader(attachment):
+                    self.counts["stalled"] += 1
                     effects.append(_cut(attachment, Cause.TRANSFER_STALLED, "no progress"))
             idle = not lease.attachments and not lease.pending
             if idle and lease.ticket.expires_at_ms <= now_ms:
-                effects += self.release(lease.leg)
+                self.counts["expired"] += 1
+                effects += self._drop(lease)
                 effects.append(LeaseEnded(lease.leg, Cause.TICKET_EXPIRED))
             elif idle and self._is_forgotten(lease, now_ms):
                 effects += self._retain(lease)
@@ -289,6 +307,8 @@ class LeaseTable:
         epoch = self._next_epoch
         self._next_epoch = (epoch + 1) % 2**64 or 1  # 0 is no epoch
         lease.attachments[epoch] = _Attachment(epoch, token_start, now_ms)
+        self.counts["reattached" if lease.num_grants else "attached"] += 1
+        lease.num_grants += 1
         self._by_epoch[epoch] = lease
         return AttachGranted(
             key,
@@ -307,6 +327,7 @@ class LeaseTable:
         if lease.state is not LeaseState.PINNED:
             return []
         lease.state = LeaseState.RETAINED
+        self.counts["retained"] += 1
         self._unpin_blocks(lease)
         return [RetainLease(lease.leg)]
 
@@ -342,6 +363,9 @@ class LeaseTable:
     def check_integrity(self) -> None:
         """Asserts every invariant; for tests and idle workers."""
         assert len(self._by_transfer) == len(self._leases)
+        num_ended = sum(self.counts[name] for name in ("expired", "evicted", "failed", "released"))
+        num_open = sum(lease.state is not LeaseState.CLOSING for lease in self._leases.values())
+        assert self.counts["opened"] == num_ended + num_open
         pinned: Counter[BlockId] = Counter()
         for leg, lease in self._leases.items():
             assert lease.leg == leg

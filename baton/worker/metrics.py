@@ -1,11 +1,33 @@
 """A worker's Prometheus metrics: fed from what it does, served over HTTP."""
 
+from collections import Counter
+
 from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import Counter as PrometheusCounter
 
 from baton.engine.events import LegFailed, LegPreempted, StepOutput
-from baton.messages import Admitted, Imported, StepBatch, WorkerMessage
+from baton.errors import Cause
+from baton.kvtransfer.lease import COUNTS
+from baton.messages import Admitted, Imported, KvFailed, StepBatch, WorkerMessage
 from baton.telemetry import WorkerMetrics
 from baton.types import WorkerSnapshot
+from baton.worker.producer import ProducerSide
+
+
+class _Tally:
+    """Passes on what has been counted since it last looked."""
+
+    def __init__(self, counts: Counter[str] | Counter[Cause], metric: PrometheusCounter) -> None:
+        self._counts = counts
+        self._metric = metric
+        self._seen: dict[str | Cause, int] = {}
+
+    def take(self) -> None:
+        for key, count in self._counts.items():
+            if new := count - self._seen.get(key, 0):
+                name = key.name.lower() if isinstance(key, Cause) else key
+                self._metric.labels(name).inc(new)
+                self._seen[key] = count
 
 
 class MetricsObserver:
@@ -13,9 +35,20 @@ class MetricsObserver:
 
     def __init__(self, metrics: WorkerMetrics) -> None:
         self._metrics = metrics
+        self._tallies: list[_Tally] = []
+
+    def watch(self, producer: ProducerSide) -> None:
+        """Show what this side of the exchange counts."""
+        for name in COUNTS:  # each is there from the start
+            self._metrics.lease_events.labels(name)
+        self._tallies = [
+            _Tally(producer.leases.counts, self._metrics.lease_events),
+            _Tally(producer.refusals, self._metrics.attach_refusals),
+        ]
 
     def stepped(self, output: StepOutput) -> None:
         metrics = self._metrics
+        self._count()
         if output.timing is not None:
             metrics.step_s.observe(output.timing.duration_ms / 1e3)
             metrics.prefill_tokens.inc(output.timing.num_prefill_tokens)
@@ -29,6 +62,7 @@ class MetricsObserver:
     def sent(self, message: WorkerMessage) -> None:
         if not isinstance(message, StepBatch):
             return
+        self._count()
         metrics = self._metrics
         metrics.leases.set(message.snapshot.num_leases)
         for item in message.messages:
@@ -39,6 +73,13 @@ class MetricsObserver:
                 metrics.prefills.labels("remote").inc()
                 metrics.kv_transfer_bytes.labels(stats.transport, "in").inc(stats.num_bytes)
                 metrics.kv_transfer_s.labels(stats.transport).observe(stats.duration_ms / 1e3)
+                metrics.kv_frames.labels(stats.transport).inc(stats.num_frames)
+            elif isinstance(item, KvFailed):
+                metrics.fetch_failures.labels(item.cause.name.lower()).inc()
+
+    def _count(self) -> None:
+        for tally in self._tallies:
+            tally.take()
 
     def _show(self, snapshot: WorkerSnapshot) -> None:
         blocks, sequences = self._metrics.blocks, self._metrics.sequences

@@ -74,6 +74,7 @@ class WorkerProcess:
         self._worker = worker = Worker(
             info, self._policy, core, self._plane, observers, self._failpoints
         )
+        self._metrics.observer.watch(worker.runtime.machine.producer)
         self._service = WorkerService(worker.runtime, self._registration.inventory)
         self._service.add_to(self._server.grpc)
         worker.start()

@@ -5,6 +5,7 @@ Submit of what runs here ─► Share ─► LegAdmitted: a lease and its ticket
 the lease lives on until Release, Abort, a lost session, expiry or eviction
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -81,6 +82,7 @@ class ProducerSide:
         self._random_id = random_id
         self._legs: dict[LegId, _PrefillLeg] = {}
         self.leases = LeaseTable(first_epoch, policy.attachment_stall_ms, policy.lease_idle_ms)
+        self.refusals: Counter[Cause] = Counter()  # since the start, for metrics
 
     def __len__(self) -> int:
         return len(self._legs)
@@ -264,7 +266,7 @@ class ProducerSide:
             self._keyring.verify(fetch.ticket, self._info.incarnation, now_ms)
             check_fetch(fetch)
         except BatonError as error:
-            self._outbox.emit(AttachRefused(key, error.cause, error.message))
+            self._carry_out([AttachRefused(key, error.cause, error.message)])
             return
         start = fetch.range.token_start
         self._carry_out(self.leases.attach(key, fetch.ticket.transfer_id, start, now_ms))
@@ -291,6 +293,9 @@ class ProducerSide:
                     self._outbox.post(commands.Quiesced(leg))
                 case LeaseEnded(leg, cause):
                     self._lease_ended(leg, cause)
+                case AttachRefused(_, cause):
+                    self.refusals[cause] += 1
+                    self._outbox.emit(effect)
                 case _:
                     self._outbox.emit(effect)
 
