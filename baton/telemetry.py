@@ -83,7 +83,9 @@ class GatewayMetrics(_Metrics):
         )
         self.kv_transfer_s = self._seconds("kv_transfer", "Duration of one fetch.", "transport")
         self.retries = self._counter(
-            "request_retries", "Legs started again after a failure.", "cause"
+            "request_retries",
+            "Legs and fetches that failed; the request went on if it could.",
+            "cause",
         )
         self.token_conflicts = self._counter(
             "token_conflicts", "Another id for a committed index. Always a defect."
@@ -91,6 +93,9 @@ class GatewayMetrics(_Metrics):
 
     def _declare_fleet(self) -> None:
         self.workers = self._gauge("workers", "Workers with a live session.", "role")
+        self.disaggregation = self._gauge(
+            "disaggregation", "1 for what lately served requests say of hand-overs.", "state"
+        )
         self.fleet_blocks = self._gauge("fleet_kv_blocks", "KV blocks of all workers.", "state")
         self.fleet_leases = self._gauge("fleet_open_leases", "KV leases of all workers.")
         self.fleet_sequences = self._gauge("fleet_sequences", "Sequences of all workers.", "state")

@@ -130,6 +130,8 @@ class RequestRecord:
             metrics.remote_prefills.inc()
         elif report.path is PrefillPath.LOCAL:
             metrics.local_prefills.inc()
+        for cause in report.failures:
+            metrics.retries.labels(cause.name.lower()).inc()
         for transfer in report.transfers:
             metrics.kv_transfer_bytes.labels(transfer.transport).inc(transfer.num_bytes)
             metrics.kv_transfer_s.labels(transfer.transport).observe(transfer.duration_ms / 1e3)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from baton.errors import Cause
 from baton.types import Request, Role, TokenChunk, TransferStats, WorkerSnapshot
 
 
@@ -64,10 +65,29 @@ class LinkView:
     num_failures: int = 0
 
 
+class Disaggregation(StrEnum):
+    """What the requests that were served lately say."""
+
+    NOT_EXPECTED = "not_expected"  # no pair of a prefill and a decode worker is up
+    UNKNOWN = "unknown"  # too few requests since there is one
+    HAPPENING = "happening"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True, slots=True)
+class HandOvers:
+    """See `Disaggregation`; the numbers are since the gateway's start."""
+
+    state: Disaggregation = Disaggregation.NOT_EXPECTED
+    num_remote_prefills: int = 0
+    num_local_prefills: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class ClusterView:
     workers: tuple[WorkerView, ...] = ()
     links: tuple[LinkView, ...] = ()
+    hand_overs: HandOvers = HandOvers()
 
 
 class PrefillPath(StrEnum):
@@ -95,6 +115,7 @@ class RequestReport:
     queue_ms: float = 0.0
     prefill_ms: float = 0.0
     transfers: tuple[TransferStats, ...] = field(default=())  # finished imports, in order
+    failures: tuple[Cause, ...] = ()  # of legs and fetches, in order
 
 
 class RequestStream(Protocol):

@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter
 
 import baton
-from baton.gateway.backend import ClusterView, LinkView, WorkerView
+from baton.gateway.backend import ClusterView, Disaggregation, LinkView, WorkerView
 from baton.gateway.context import Context
 from baton.telemetry import GatewayMetrics
 
@@ -20,6 +20,11 @@ def cluster_router(context: Context) -> APIRouter:
         return {
             "gateway": {"version": baton.__version__, "pid": os.getpid()},
             "ready": context.backend.ready(),
+            "disaggregation": {
+                "state": view.hand_overs.state.value,
+                "remote_prefills": view.hand_overs.num_remote_prefills,
+                "local_prefills": view.hand_overs.num_local_prefills,
+            },
             "models": [model.name for model in context.backend.models()],
             "workers": [worker_body(worker) for worker in view.workers],
             "links": [link_body(link) for link in view.links],
@@ -88,6 +93,9 @@ def refresh_fleet_gauges(metrics: GatewayMetrics, view: ClusterView) -> None:
     if metrics.vllm is not None and view.workers:
         first = view.workers[0]
         metrics.vllm.show(first.model, first.block_size, loads)
+    for disaggregation in Disaggregation:
+        is_now = disaggregation is view.hand_overs.state
+        metrics.disaggregation.labels(disaggregation.value).set(is_now)
     metrics.workers.clear()
     for worker in view.workers:
         metrics.workers.labels(worker.role.value).inc()

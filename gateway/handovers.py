@@ -1,36 +1,16 @@
-"""Does disaggregation really happen? A fleet with both roles in which every request is prefilled where
-it decodes is a fleet that looks healthy and is not what was set up.
+"""Does disaggregation really happen? A fleet with both roles in which every request is prefilled
+where it decodes looks healthy and is not what was set up.
 
 A pure counter; the gateway tells it how each request ended and who is up.
 """
 
 import logging
-from dataclasses import dataclass
-from enum import StrEnum
 
-from baton.gateway.backend import PrefillPath
+from baton.gateway.backend import Disaggregation, HandOvers, PrefillPath
 
 log = logging.getLogger(__name__)
 
 NUM_SUSPICIOUS = 50  # requests in a row without a hand-over
-
-
-class Disaggregation(StrEnum):
-    """What the requests that were served lately say."""
-
-    NOT_EXPECTED = "not_expected"  # no pair of a prefill and a decode worker is up
-    UNKNOWN = "unknown"  # too few requests since there is one
-    HAPPENING = "happening"
-    MISSING = "missing"
-
-
-@dataclass(frozen=True, slots=True)
-class HandOvers:
-    """See `Disaggregation`; the numbers are since the gateway's start."""
-
-    state: Disaggregation = Disaggregation.NOT_EXPECTED
-    num_remote_prefills: int = 0
-    num_local_prefills: int = 0
 
 
 class HandOverWatch:

@@ -18,6 +18,7 @@ from baton.gateway.backend import (
 )
 from baton.gateway.discovery import Discovery
 from baton.gateway.dispatch import DispatchConfig, Dispatcher
+from baton.gateway.handovers import HandOverWatch
 from baton.gateway.legs import Emit, Ended, MachineConfig, Planner
 from baton.gateway.readiness import Readiness
 from baton.gateway.request_machine import RequestMachine
@@ -26,7 +27,7 @@ from baton.gateway.sessions import SessionConfig, WorkerSession, fetch_inventory
 from baton.locality import PrefixIndex
 from baton.messages import GatewayMessage, StepBatch
 from baton.rpc import ClusterToken
-from baton.types import BlockHash, Request, TokenChunk, WorkerInfo, WorkerSnapshot
+from baton.types import BlockHash, Request, Role, TokenChunk, WorkerInfo, WorkerSnapshot
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Stream:
     def __init__(self, orchestrator: "Orchestrator", request_id: str) -> None:
         self._orchestrator = orchestrator
         self._request_id = request_id
+        self.is_probe = False
         self._machine: RequestMachine | None = None
         self._chunks: deque[TokenChunk] = deque()
         self._ended: Ended | None = None
@@ -97,6 +99,7 @@ class Orchestrator:
         )
         self._discovery = _discovery(config, self._index, self)
         self._readiness = Readiness(self._dispatcher.fleet, self._open_probe)
+        self._hand_overs = HandOverWatch()
         self._sessions: dict[str, WorkerSession] = {}
         self._streams: dict[str, Stream] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -149,7 +152,9 @@ class Orchestrator:
         view = self._dispatcher.fleet.view()
         known = {worker.worker_id for worker in view.workers}
         waiting = [s.info for name, s in sorted(self._sessions.items()) if name not in known]
-        return ClusterView((*view.workers, *(_connecting(info) for info in waiting)), view.links)
+        workers = (*view.workers, *(_connecting(info) for info in waiting))
+        self._look_for_hand_overs()
+        return ClusterView(workers, view.links, self._hand_overs.view())
 
     def open(self, request: Request) -> RequestStream:
         if self._draining:
@@ -169,6 +174,7 @@ class Orchestrator:
 
     def _open(self, request: Request, planner: Planner | None) -> RequestStream:
         stream = self._streams[request.request_id] = Stream(self, request.request_id)
+        stream.is_probe = planner is not None
         try:
             stream.attach(self._dispatcher.open(request, self._now_ms(), planner))
         except BatonError:
@@ -240,6 +246,13 @@ class Orchestrator:
             stream.deliver(effect)
             if isinstance(effect, Ended):
                 del self._streams[request_id]
+                if not stream.is_probe:
+                    self._look_for_hand_overs()
+                    self._hand_overs.served(stream.report.path)
+
+    def _look_for_hand_overs(self) -> None:
+        roles = {worker.role for worker in self._dispatcher.fleet if worker.accepts}
+        self._hand_overs.fleet_changed(roles >= {Role.PREFILL, Role.DECODE})
 
     def _drop(self, worker_id: str) -> None:
         session = self._sessions.get(worker_id)

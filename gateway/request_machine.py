@@ -127,6 +127,7 @@ class RequestMachine:
             self._decode = None
         if dead is not None:
             self._patience.lost(dead)
+            self._timeline.failed(Cause.WORKER_LOST)
         return self._settle(now_ms)
 
     def on_worker_back(self, incarnation: bytes, now_ms: float) -> list[Effect]:
@@ -207,6 +208,7 @@ class RequestMachine:
                 self._forget(leg)
             case KvFailed() if leg.phase in {Phase.BINDING, Phase.IMPORTING}:
                 leg.phase, leg.failed = Phase.IMPORTING, message
+                self._timeline.failed(message.cause)
             case Failed(_, cause, detail):
                 self._leg_failed(leg, cause, detail, now_ms)
             case _:
@@ -227,6 +229,7 @@ class RequestMachine:
         self, leg: PrefillLeg | DecodeLeg, cause: Cause, detail: str, now_ms: float
     ) -> None:
         """The leg is over on its worker, or must be because what it says makes no sense."""
+        self._timeline.failed(cause)
         self._forget(leg)
         if cause is Cause.PROTOCOL:
             self._send(leg.info, Abort(leg.leg))

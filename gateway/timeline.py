@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from baton.errors import Cause
 from baton.gateway.backend import PrefillPath, RequestReport
 from baton.types import TransferStats
 
@@ -39,6 +40,10 @@ class Timeline:
     def imported(self, stats: TransferStats) -> None:
         transfers = (*self.report.transfers, stats)
         self.report = replace(self.report, path=PrefillPath.REMOTE, transfers=transfers)
+
+    def failed(self, cause: Cause) -> None:
+        """A leg or a fetch ended early, and the request goes on if it can."""
+        self.report = replace(self.report, failures=(*self.report.failures, cause))
 
     def committed(self, now_ms: float, computed_here: bool) -> None:
         """Tokens came; `computed_here`: from the worker that decodes, which fetched nothing."""

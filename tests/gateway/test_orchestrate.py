@@ -7,7 +7,7 @@ import pytest
 
 from baton.config import GatewayConfig
 from baton.errors import BatonError, Cause
-from baton.gateway.backend import PrefillPath, RequestStream, WorkerState
+from baton.gateway.backend import Disaggregation, HandOvers, PrefillPath, RequestStream, WorkerState
 from baton.gateway.orchestrate import Orchestrator
 from baton.gateway.sessions import SessionConfig
 from baton.messages import Abort, Bind, Release, Submit
@@ -78,8 +78,11 @@ def expected(count: int = 8) -> list[int]:
 
 async def test_tokens_come_in_order_over_two_workers(fleet: Fleet) -> None:
     p, d = await pair(fleet)
+    assert fleet.orchestrator.topology().hand_overs.state is Disaggregation.UNKNOWN
     stream = fleet.orchestrator.open(request())
     assert await tokens_of(stream) == expected()
+    hand_overs = fleet.orchestrator.topology().hand_overs
+    assert hand_overs == HandOvers(Disaggregation.HAPPENING, 1, 0)
     report = stream.report
     assert report.path is PrefillPath.REMOTE
     assert (report.prefill_worker, report.decode_worker) == ("p", "d")

@@ -57,6 +57,11 @@ async def test_cluster(client: httpx.AsyncClient) -> None:
     body = (await client.get("/v1/cluster")).json()
     assert body["ready"] is True
     assert body["models"] == ["tiny"]
+    assert body["disaggregation"] == {
+        "state": "not_expected",
+        "remote_prefills": 0,
+        "local_prefills": 0,
+    }
     worker = body["workers"][0]
     assert worker["kv_blocks"] == {"free": 7, "total": 9, "quarantined": 0}
     assert worker["load"]["running"] == 1
