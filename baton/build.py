@@ -4,6 +4,8 @@ from baton.config import EngineSettings, ModelSettings
 from baton.engine.config import EngineConfig
 from baton.engine.runner import ModelRunner
 from baton.engine.runner_config import RunnerConfig
+from baton.errors import Cause, InvalidRequest
+from baton.text import Tokenizer
 from baton.types import Role
 
 
@@ -23,6 +25,18 @@ def runner_config(model: ModelSettings, engine: EngineSettings) -> RunnerConfig:
         batch_invariant=engine.batch_invariant,
         seed=model.seed,
     )
+
+
+def load_tokenizer(model: ModelSettings) -> Tokenizer:
+    """
+    Raises:
+        InvalidRequest: UNSUPPORTED: there is none.
+    """
+    try:
+        return Tokenizer.from_pretrained(model.tokenizer_source, revision=model.revision)
+    except ValueError as error:
+        message = "this worker has no tokenizer for structured output"
+        raise InvalidRequest(message, "structured_outputs", Cause.UNSUPPORTED) from error
 
 
 def engine_config(

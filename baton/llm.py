@@ -26,7 +26,7 @@ from baton.engine.loader import load_runner
 from baton.errors import InvalidRequest
 from baton.offline import OfflineEngine
 from baton.outputs import RequestOutput
-from baton.text import Tokenizer
+from baton.text import Tokenizer, bad_words_token_ids
 from baton.types import Request, SamplingParams
 
 Prompt = (
@@ -78,7 +78,7 @@ class LLM:
         self._tokenizer = Tokenizer.from_pretrained(
             settings.tokenizer_source, revision=settings.revision
         )
-        self._runner = load_runner(runner_config(settings, settings))
+        self._runner = load_runner(runner_config(settings, settings), lambda: self._tokenizer)
         config = engine_config(settings, self._runner)
         self._engine = OfflineEngine(EngineCore(config, self._runner), self._tokenizer)
         self._seeds = random.Random(settings.seed)
@@ -217,6 +217,11 @@ class LLM:
         )
         if "" in params.stop:
             raise InvalidRequest("stop must not have an empty string", "stop")
+        if params.bad_words:
+            ids = bad_words_token_ids(self._tokenizer, params.bad_words)
+            params = replace(params, bad_words_token_ids=ids)
+        if params.structured_outputs is not None:
+            self._runner.grammars.matcher(params.structured_outputs)
         request = Request(str(next(self._request_ids)), prompt, params)
         self._engine.check(request)
         return request

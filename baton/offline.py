@@ -14,6 +14,11 @@ from baton.outputs import CompletionOutput, Logprob, RequestOutput
 from baton.text import OutputText, Tokenizer
 from baton.types import FinishReason, LegId, Logprobs, Request, TokenChunk
 
+_FINISH_REASONS = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.REPETITION: "repetition",
+}
 OnFinished = Callable[[RequestOutput], None]
 
 
@@ -45,7 +50,7 @@ class Choice:
         if self.stop_string is None and chunk.finish_reason is not None:
             self._text.append(self._output.finish())
             self._stop_token_id = chunk.stop_token_id
-            self.finish_reason = "stop" if chunk.finish_reason is FinishReason.STOP else "length"
+            self.finish_reason = _FINISH_REASONS[chunk.finish_reason]
         if self.stop_string is not None:
             self.finish_reason = "stop"
 
@@ -70,9 +75,11 @@ class Choice:
         entries = {token_id: self._logprob(token_id, logprobs.logprob, logprobs.rank)}
         for rank, (other, value) in enumerate(logprobs.top, 1):
             entries.setdefault(other, self._logprob(other, value, rank))
+        for other, value in logprobs.asked:
+            entries.setdefault(other, self._logprob(other, value, None))
         return entries
 
-    def _logprob(self, token_id: int, value: float, rank: int) -> Logprob:
+    def _logprob(self, token_id: int, value: float, rank: int | None) -> Logprob:
         return Logprob(value, rank, self._tokenizer.token_bytes(token_id).decode(errors="replace"))
 
     def _stop_reason(self) -> int | str | None:

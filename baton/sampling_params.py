@@ -2,9 +2,11 @@
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from json import dumps
+from typing import Any
 
 from baton.errors import InvalidRequest
 
@@ -37,12 +39,41 @@ class StructuredOutput:
 
     Raises:
         InvalidRequest: the text is too long, or there is none; `param` is `structured_outputs`.
-            Whether it means something, `baton.text.grammar.check_grammar` says.
+            Whether it means something, `baton.grammar.Grammars.matcher` says.
     """
 
     kind: StructuredKind
     text: str = ""
     any_whitespace: bool = True  # JSON: whitespace between tokens is up to the model
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        json: str | Mapping[str, Any] | None = None,
+        regex: str | None = None,
+        choice: Sequence[str] | None = None,
+        grammar: str | None = None,
+        json_object: bool = False,
+        structural_tag: str | Mapping[str, Any] | None = None,
+        disable_any_whitespace: bool = False,
+    ) -> "StructuredOutput":
+        """Exactly one of the kinds, by vLLM's names.
+
+        Raises:
+            InvalidRequest
+        """
+        texts = {
+            StructuredKind.JSON_OBJECT: "" if json_object else None,
+            StructuredKind.JSON_SCHEMA: _as_json(json),
+            StructuredKind.REGEX: regex,
+            StructuredKind.CHOICE: None if choice is None else dumps(list(choice)),
+            StructuredKind.GRAMMAR: grammar,
+            StructuredKind.STRUCTURAL_TAG: _as_json(structural_tag),
+        }
+        given = [(kind, text) for kind, text in texts.items() if text is not None]
+        _check(len(given) == 1, "structured_outputs", "needs exactly one kind")
+        return cls(*given[0], any_whitespace=not disable_any_whitespace)
 
     def __post_init__(self) -> None:
         needs_text = self.kind is not StructuredKind.JSON_OBJECT
@@ -202,6 +233,10 @@ class SamplingParams:
             + choice.to_bytes(4, "little")
         )
         return int.from_bytes(digest.digest()[:4], "little")
+
+
+def _as_json(value: str | Mapping[str, Any] | None) -> str | None:
+    return value if value is None or isinstance(value, str) else dumps(dict(value))
 
 
 def _as_bias(given: object) -> tuple[tuple[int, float], ...]:

@@ -7,6 +7,7 @@ from baton.errors import BatonError, Cause, InvalidRequest
 from baton.gateway.backend import Backend, ServedModel
 from baton.gateway.defaults import SamplingDefaults
 from baton.gateway.inflight import InFlight
+from baton.gateway.structured import GrammarChecks
 from baton.telemetry import GatewayMetrics
 from baton.text import TokenizerPool
 
@@ -20,6 +21,7 @@ class Context:
     limits: LimitSettings
     defaults: SamplingDefaults
     inflight: InFlight = field(default_factory=InFlight)
+    grammars: GrammarChecks = field(default_factory=GrammarChecks)
 
     def find_model(self, name: str | None) -> ServedModel:
         """The model that a request means; without a name, the one that is served.

@@ -30,6 +30,7 @@ class Job:
     salt: bytes
     priority: int = 0
     skip_special_tokens: bool = True
+    structured_param: str = "structured_outputs"  # the field that `sampling`'s comes from
     wants_output: bool = True  # False: the prompt alone is of interest
 
 
@@ -100,7 +101,11 @@ class Generation:
             BatonError: the job cannot be served, or failed.
         """
         prompts = await self.job.encode(self.job.model)
-        requests = [self._request(number, prompt) for number, prompt in enumerate(prompts)]
+        sampling = await self._resolved(self.job.sampling)
+        requests = [
+            self._request(number, prompt, self._fit(prompt.token_ids, sampling))
+            for number, prompt in enumerate(prompts)
+        ]
         self._check_budget(requests)
         if self.aborted or self._failure is not None:
             self._raise_failure()
@@ -132,25 +137,41 @@ class Generation:
         if self._failure is not None and not self.aborted:
             raise self._failure
 
-    def _request(self, number: int, prompt: Prompt) -> Request:
+    async def _resolved(self, sampling: SamplingParams) -> SamplingParams:
+        """`sampling` as workers want it: words as ids, and a grammar that compiles.
+
+        Raises:
+            BatonError
+        """
+        context, job = self._context, self.job
+        if sampling.structured_outputs is not None:
+            tokenizer = context.tokenizers.tokenizer
+            spec, param = sampling.structured_outputs, job.structured_param
+            await context.grammars.check(spec, job.model, tokenizer, param)
+        if sampling.bad_words:
+            ids = await context.tokenizers.bad_words_token_ids(sampling.bad_words)
+            sampling = replace(sampling, bad_words_token_ids=ids)
+        return sampling
+
+    def _request(self, number: int, prompt: Prompt, sampling: SamplingParams) -> Request:
         deadline_ms = int(self._context.settings.request_timeout_s * 1e3)
         return Request(
             request_id=f"{self.job.id}-{number}",
             prompt_token_ids=prompt.token_ids,
-            sampling=self._fit(prompt.token_ids),
+            sampling=sampling,
             salt=self.job.salt,
             priority=self.job.priority,
             deadline_ms=deadline_ms,
         )
 
-    def _fit(self, prompt: TokenIds) -> SamplingParams:
+    def _fit(self, prompt: TokenIds, sampling: SamplingParams) -> SamplingParams:
         """`sampling` with max_tokens cut to what the model's length leaves, as vLLM does.
 
         Raises:
             InvalidRequest: the prompt is empty or too long, or it or `sampling` has ids that the
                 model lacks.
         """
-        sampling, model, param = self.job.sampling, self.job.model, self.job.prompt_param
+        model, param = self.job.model, self.job.prompt_param
         if not prompt:
             raise InvalidRequest("The prompt has no tokens.", param)
         if max(prompt) >= model.vocab_size or min(prompt) < 0:

@@ -1,11 +1,13 @@
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from baton import LLM, SamplingParams
+from baton import LLM, SamplingParams, StructuredOutput
 from baton.errors import Cause, InvalidRequest
+from baton.types import RepetitionDetection
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
@@ -186,3 +188,48 @@ def test_the_progress_bar_shows_a_rate(llm: LLM, capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().err
     assert "2/2" in shown
     assert "tok/s" in shown
+
+
+# ── what may come ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_structured_output(llm: LLM) -> None:
+    spec = StructuredOutput.of(choice=["yes", "nothing else"])
+    params = SamplingParams(structured_outputs=spec, max_tokens=40, n=3, seed=1, logprobs=1)
+    (output,) = llm.generate("abc", params, use_tqdm=False)
+    assert {choice.text for choice in output.outputs} <= {"yes", "nothing else"}
+    assert {choice.finish_reason for choice in output.outputs} == {"stop"}
+
+
+def test_a_bad_grammar_is_refused_before_anything_runs(llm: LLM) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        llm.generate("abc", SamplingParams(structured_outputs=StructuredOutput.of(regex="((")))
+    assert caught.value.param == "structured_outputs"
+    with pytest.raises(InvalidRequest, match="exactly one"):
+        StructuredOutput.of(regex="a", json_object=True)
+
+
+def test_bad_words_are_words(llm: LLM) -> None:
+    tokenizer = llm.get_tokenizer()
+    letters = tokenizer.encode("abcdefgh", add_special_tokens=False)
+    params = replace(GREEDY, allowed_token_ids=letters)
+    free = llm.generate("abc", params, use_tqdm=False)[0].outputs[0]
+    word = tokenizer.decode(free.token_ids[3:5])
+    params = replace(params, bad_words=(word,))
+    kept = llm.generate("abc", params, use_tqdm=False)[0].outputs[0]
+    assert kept.token_ids[:3] == free.token_ids[:3]
+    assert word in free.text
+    assert word not in kept.text
+
+
+def test_repetition_has_its_own_reason(llm: LLM) -> None:
+    params = SamplingParams(
+        temperature=0.0,
+        max_tokens=30,
+        ignore_eos=True,
+        allowed_token_ids=(50,),
+        repetition_detection=RepetitionDetection(1, 1, 5),
+    )
+    (output,) = llm.generate("abc", params, use_tqdm=False)
+    assert output.outputs[0].finish_reason == "repetition"
+    assert len(output.outputs[0].token_ids) == 5

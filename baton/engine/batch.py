@@ -60,6 +60,7 @@ class Batch:
 
 NOT_FINITE = -1  # in place of a token id: the row's logits were not finite
 NOTHING_ALLOWED = -2  # the request's own constraints leave no token
+GRAMMAR_FAILED = -3  # the output so far does not fit its grammar, or that got too complex
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,3 +81,6 @@ class ByIdentity(Generic[K, V]):
         if len(self._entries) > self._size:
             self._entries.popitem(last=False)
         return value
+
+    def drop(self, key: K) -> None:
+        self._entries.pop(id(key), None)

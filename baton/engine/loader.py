@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -19,7 +20,9 @@ from baton.engine.runner_config import RunnerConfig
 from baton.engine.sampler import Sampler
 from baton.engine.weights import DummyWeights, SafetensorsWeights
 from baton.errors import InvalidRequest
+from baton.grammar import Grammars
 from baton.kernels.paged_attention_cpu import Invariance
+from baton.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +37,13 @@ class _Plan:
     max_model_len: int
 
 
-def load_runner(config: RunnerConfig) -> ModelRunner:
+def load_runner(
+    config: RunnerConfig, load_tokenizer: Callable[[], Tokenizer] | None = None
+) -> ModelRunner:
     """Load a model and allocate its KV pool.
+
+    Args:
+        load_tokenizer: called when the first structured output is asked for; None: there is none.
 
     Raises:
         InvalidRequest: the model cannot be had, is not supported, is damaged, or does not fit;
@@ -57,7 +65,9 @@ def load_runner(config: RunnerConfig) -> ModelRunner:
         device=describe_device(plan.device),
     )
     attention = make_attention(plan.model, cache, invariance)
-    return ModelRunner(info, model, cache, attention, Sampler(info.eos_token_ids))
+    grammars = Grammars(load_tokenizer, info.vocab_size, info.eos_token_ids)
+    sampler = Sampler(info.eos_token_ids, grammars)
+    return ModelRunner(info, model, cache, attention, sampler, grammars)
 
 
 def _make_plan(config: RunnerConfig, model: ModelConfig) -> _Plan:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from baton.engine.batch import NOTHING_ALLOWED, Sampled, ScheduledRow
+from baton.engine.batch import GRAMMAR_FAILED, NOTHING_ALLOWED, Sampled, ScheduledRow
 from baton.engine.legs import Legs
 from baton.engine.report import Report
 from baton.engine.scheduler import Scheduler
@@ -35,7 +35,10 @@ class Outcome:
 
     def _refuse(self, leg: Leg, why: int) -> None:
         """A row without a token takes its leg down."""
-        if why == NOTHING_ALLOWED:
+        if why == GRAMMAR_FAILED:
+            detail = "the output does not fit the grammar, or the grammar is too complex"
+            self._legs.fail(leg, Cause.INVALID_REQUEST, detail)
+        elif why == NOTHING_ALLOWED:
             detail = "the request's constraints leave no token to choose from"
             self._legs.fail(leg, Cause.INVALID_REQUEST, detail)
         else:

@@ -2,7 +2,7 @@
 docs/sampling.md: masks → bias → penalties. All rows that need the same edit get it at once; a row
 that needs none is not touched, and costs nothing."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -11,9 +11,13 @@ from torch import Tensor
 
 from baton.engine.batch import SampleRequest
 from baton.engine.constraints import ByIdentity, Constraints, is_constrained
+from baton.engine.grammar_masks import GrammarMask, GrammarMasks
 from baton.engine.penalties import TokenCounts, has_penalties, penalize
-from baton.kernels.logit_masks import mask_rows
+from baton.grammar import Grammars
+from baton.kernels.logit_masks import Bits, mask_rows
 from baton.types import SamplingParams
+
+Job = tuple[int, SampleRequest, Constraints]  # the row first
 
 MAX_REMEMBERED = 1024  # requests and sequences; what is forgotten is worked out again
 
@@ -21,8 +25,9 @@ MAX_REMEMBERED = 1024  # requests and sequences; what is forgotten is worked out
 class RowEdits:
     """Edits rows; remembers what it worked out for the requests and sequences that it saw last."""
 
-    def __init__(self, eos_token_ids: Collection[int]) -> None:
+    def __init__(self, eos_token_ids: Collection[int], grammars: Grammars | None = None) -> None:
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._grammar = GrammarMasks(grammars)
         self._constraints: ByIdentity[SamplingParams, Constraints] = ByIdentity(MAX_REMEMBERED)
         self._counts: ByIdentity[Seq[int], TokenCounts] = ByIdentity(MAX_REMEMBERED)
 
@@ -30,11 +35,13 @@ class RowEdits:
         params = request.params
         return has_penalties(params) or is_constrained(params, len(request.output_token_ids))
 
-    def apply(self, logits: Tensor, requests: Seq[SampleRequest]) -> None:
+    def apply(self, logits: Tensor, requests: Seq[SampleRequest]) -> frozenset[int]:
         """Edit in place.
 
         Args:
             logits: [len(requests), vocab_size] float32, contiguous.
+
+        Returns: rows whose grammar cannot say what comes next; they are left as they were.
         """
         vocab_size = logits.shape[1]
         constrained = [
@@ -42,8 +49,14 @@ class RowEdits:
             for row, request in enumerate(requests)
             if is_constrained(request.params, len(request.output_token_ids))
         ]
-        self._mask(logits, constrained)
-        _ban(logits, constrained)
+        structured = [
+            (row, request)
+            for row, request, _ in constrained
+            if request.params.structured_outputs is not None
+        ]
+        masks = {mask.row: mask for mask in self._grammar.masks(structured, vocab_size)}
+        _mask(logits, constrained, masks)
+        _ban(logits, constrained, masks)
         _add_bias(logits, [(row, one) for row, _, one in constrained if len(one.bias_ids)])
         jobs = [
             (row, self._counts_of(request), request.params)
@@ -52,13 +65,7 @@ class RowEdits:
         ]
         if jobs:
             penalize(logits, jobs)
-
-    def _mask(
-        self, logits: Tensor, constrained: Seq[tuple[int, SampleRequest, Constraints]]
-    ) -> None:
-        masks = [(row, one.allowed) for row, _, one in constrained if one.allowed is not None]
-        if masks:
-            mask_rows(logits, [row for row, _ in masks], np.stack([bits for _, bits in masks]))
+        return frozenset(row for row, mask in masks.items() if mask.bits is None)
 
     def _constraints_of(self, params: SamplingParams, vocab_size: int) -> Constraints:
         found = self._constraints.get(params)
@@ -76,12 +83,26 @@ class RowEdits:
         return counts
 
 
-def _ban(logits: Tensor, constrained: Seq[tuple[int, SampleRequest, Constraints]]) -> None:
+def _mask(logits: Tensor, constrained: Seq[Job], masks: Mapping[int, GrammarMask]) -> None:
+    """What a grammar and `allowed_token_ids` leave; both, if a row has both."""
+    found: list[tuple[int, Bits]] = []
+    for row, _, one in constrained:
+        sets = [one.allowed, masks[row].bits if row in masks else None]
+        given = [bits for bits in sets if bits is not None]
+        if given:
+            found.append((row, np.bitwise_and.reduce(given)))
+    if found:
+        mask_rows(logits, [row for row, _ in found], np.stack([bits for _, bits in found]))
+
+
+def _ban(logits: Tensor, constrained: Seq[Job], masks: Mapping[int, GrammarMask]) -> None:
     vocab_size = logits.shape[1]
     places = [
         row * vocab_size + token_id
         for row, request, one in constrained
-        for token_id in one.banned(request.output_token_ids, may_end=False)
+        for token_id in one.banned(
+            request.output_token_ids, may_end=row in masks and masks[row].ends
+        )
     ]
     if places:
         logits.view(-1)[torch.tensor(places, device=logits.device)] = -torch.inf

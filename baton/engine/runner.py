@@ -12,6 +12,7 @@ from baton.engine.kv_cache import KVCache
 from baton.engine.layers.attention import AttentionBackend
 from baton.engine.models.decoder import Decoder
 from baton.engine.sampler import Sampler
+from baton.grammar import Grammars
 from baton.kernels.paged_rows import PagedRow, query_slots
 
 log = logging.getLogger(__name__)
@@ -44,8 +45,10 @@ class ModelRunner:
         kv_cache: KVCache,
         attention: AttentionBackend,
         sampler: Sampler,
+        grammars: Grammars,
     ) -> None:
         self.info = info
+        self.grammars = grammars  # what `sampler` compiles with; callable from any thread
         self.kv_cache = kv_cache
         self._model = model
         self._attention = attention

@@ -9,8 +9,15 @@ from collections.abc import Sequence as Seq
 
 from torch import Tensor
 
-from baton.engine.batch import NOT_FINITE, NOTHING_ALLOWED, Sampled, SampleRequest
+from baton.engine.batch import (
+    GRAMMAR_FAILED,
+    NOT_FINITE,
+    NOTHING_ALLOWED,
+    Sampled,
+    SampleRequest,
+)
 from baton.engine.row_edits import RowEdits
+from baton.grammar import Grammars
 from baton.kernels.logprobs import Wanted, token_logprobs
 from baton.kernels.sampling import Draw, draw_tokens, noise_key
 from baton.types import Logprobs
@@ -19,9 +26,13 @@ from baton.types import Logprobs
 class Sampler:
     """Samples every row by itself: what a row gets does not depend on the rest of the batch."""
 
-    def __init__(self, eos_token_ids: Collection[int]) -> None:
-        """`eos_token_ids`: masked while a choice has fewer than `min_tokens` tokens."""
-        self._edits = RowEdits(eos_token_ids)
+    def __init__(self, eos_token_ids: Collection[int], grammars: Grammars | None = None) -> None:
+        """
+        Args:
+            eos_token_ids: masked while a choice has fewer than `min_tokens` tokens.
+            grammars: None: requests with structured output fail.
+        """
+        self._edits = RowEdits(eos_token_ids, grammars)
 
     def sample(
         self, logits: Tensor, requests: Seq[tuple[SampleRequest, ...]]
@@ -50,10 +61,12 @@ class Sampler:
     ) -> dict[int, Sampled]:
         """`_sample`, from copies that the requests' edits are applied to."""
         rows = logits[[row for row, _ in jobs]]
-        self._edits.apply(rows, [request for _, request in jobs])
+        lost = self._edits.apply(rows, [request for _, request in jobs])
         results = _sample(rows, indices, [(row, r) for row, (_, r) in enumerate(jobs)])
-        for index, (row, _) in zip(indices, jobs, strict=True):
-            if results[index].token_id == NOT_FINITE and logits[row].amax().isfinite():
+        for at, (index, (row, _)) in enumerate(zip(indices, jobs, strict=True)):
+            if at in lost:
+                results[index] = Sampled(GRAMMAR_FAILED)
+            elif results[index].token_id == NOT_FINITE and logits[row].amax().isfinite():
                 results[index] = Sampled(NOTHING_ALLOWED)
         return results
 

@@ -1,5 +1,6 @@
 """Texts and token ids: tokenizer, chat template, detokenizer, stop strings. Never imports torch."""
 
+from baton.text.bad_words import bad_words_token_ids
 from baton.text.chat_template import ChatTemplate, message_text
 from baton.text.detokenizer import IncrementalDetokenizer
 from baton.text.output_text import OutputText
@@ -15,5 +16,6 @@ __all__ = [
     "Tokenizer",
     "TokenizerFiles",
     "TokenizerPool",
+    "bad_words_token_ids",
     "message_text",
 ]

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from baton.errors import BatonError, Cause
+from baton.text.bad_words import bad_words_token_ids
 from baton.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -47,6 +48,15 @@ class TokenizerPool:
     async def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """`Tokenizer.render_chat`; raises as `encode_chat`."""
         return await self._run(lambda: self.tokenizer.render_chat(messages, **options))
+
+    async def bad_words_token_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """`baton.text.bad_words.bad_words_token_ids`.
+
+        Raises:
+            InvalidRequest: param "bad_words".
+            BatonError: OVERLOADED.
+        """
+        return await self._run(lambda: bad_words_token_ids(self.tokenizer, words))
 
     def close(self) -> None:
         """Drops what waits; returns when what runs is done."""

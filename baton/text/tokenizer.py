@@ -190,6 +190,15 @@ class Tokenizer:
         """What the token adds inside a text; not always whole characters."""
         return self._token_bytes.get(token_id)
 
+    def token_text(self, token_id: int) -> str:
+        """The token as the vocabulary writes it; "" for an id outside."""
+        return str(self._backend.id_to_token(token_id) or "")
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that are not text: skipped in an output unless somebody wants to see them."""
+        return self._token_bytes.special_ids
+
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """`ChatTemplate.render` of the model's template.
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from baton.build import runner_config
+from baton.build import load_tokenizer, runner_config
 from baton.config import WorkerConfig
 from baton.engine.loader import load_runner
 from baton.failpoints import Failpoints
@@ -55,7 +55,7 @@ async def _serve(
         torch.set_num_threads(config.threads)
     async with AsyncExitStack() as stack:
         # Blocks the loop on purpose: nothing is served yet, and a signal ends the load at once.
-        runner = load_runner(runner_config(config, config))
+        runner = load_runner(runner_config(config, config), lambda: load_tokenizer(config))
         stack.callback(runner.close)
         told_to_stop = _listen_to_signals()
         process = WorkerProcess(config, policy, failpoints, runner, server, port)

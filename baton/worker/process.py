@@ -72,7 +72,13 @@ class WorkerProcess:
         core = EngineCore(engine_config(config, runner, self._policy.role), failing)
         observers = (self._metrics.observer, self._registration)
         self._worker = worker = Worker(
-            info, self._policy, core, self._plane, observers, self._failpoints
+            info,
+            self._policy,
+            core,
+            self._plane,
+            observers,
+            self._failpoints,
+            runner.grammars,
         )
         self._metrics.observer.watch(worker.runtime.machine.producer)
         self._service = WorkerService(worker.runtime, self._registration.inventory)

@@ -19,6 +19,7 @@ from baton.engine.commands import AddDecode, AddLocal, AddPrefill, Command
 from baton.engine.events import StepOutput
 from baton.errors import BatonError, Cause
 from baton.failpoints import Failpoints
+from baton.grammar_pool import GrammarPool
 from baton.kvtransfer.base import FetchOpen
 from baton.kvtransfer.effects import (
     AttachGranted,
@@ -32,6 +33,7 @@ from baton.messages import GatewayMessage, Heartbeat, StepBatch, WorkerMessage
 from baton.types import LegId, TokenChunk, TransferStats
 from baton.worker.effects import CloseSession, Effect, FetchKV, Post, Send, SessionId
 from baton.worker.exports import ExportDesk
+from baton.worker.grammar_desk import GrammarDesk
 from baton.worker.machine import WorkerMachine
 
 log = logging.getLogger(__name__)
@@ -92,16 +94,27 @@ class WorkerRuntime:
         self._observers = observers
         self._failpoints = failpoints or Failpoints()
         self._loop = asyncio.get_running_loop()
+        self._grammars: GrammarDesk | None = None
         self._ports: dict[SessionId, SessionPort] = {}
         self._num_sessions = 0
         self._unread = threading.BoundedSemaphore(MAX_UNREAD_OUTPUTS)
         self._effects: deque[Effect] = deque()
         self._is_carrying_out = False
 
-    def connect(self, engine: Engine, fetches: Fetches) -> None:
-        """Both need this runtime to be built, hence the second step."""
+    def connect(
+        self, engine: Engine, fetches: Fetches, grammars: GrammarPool | None = None
+    ) -> None:
+        """They need this runtime to be built, hence the second step. `grammars`: the engine's; None
+        when it has none, so that it compiles nothing."""
         self.engine = engine
         self.fetches = fetches
+        if grammars is not None:
+            self._grammars = GrammarDesk(grammars, self._post_to_engine, self._refused)
+
+    def close(self) -> None:
+        """Nothing is posted to the engine any more that waits here."""
+        if self._grammars is not None:
+            self._grammars.close()
 
     @staticmethod
     def now_ms() -> int:
@@ -278,6 +291,12 @@ class WorkerRuntime:
                     self._failpoints.hit(type(item).__name__.lower())
 
     def _post(self, command: Command) -> None:
+        if self._grammars is None:
+            self._post_to_engine(command)
+        else:
+            self._grammars.post(command)
+
+    def _post_to_engine(self, command: Command) -> None:
         try:
             self.engine.post(command)
         except BatonError as error:
@@ -285,5 +304,7 @@ class WorkerRuntime:
                 return  # the process is about to end
             if not isinstance(command, AddPrefill | AddDecode | AddLocal):
                 raise
-            refused = command.leg, error, self.now_ms()
-            self._do(lambda: self.machine.engine_refused(*refused))
+            self._refused(command.leg, error)
+
+    def _refused(self, leg: LegId, error: BatonError) -> None:
+        self._do(lambda: self.machine.engine_refused(leg, error, self.now_ms()))

@@ -12,6 +12,8 @@ from baton.engine.core import EngineCore
 from baton.engine.events import StepOutput
 from baton.engine.thread import EngineThread
 from baton.failpoints import Failpoints
+from baton.grammar import Grammars
+from baton.grammar_pool import GrammarPool
 from baton.kvtransfer.ticket import TicketKeyring
 from baton.latency import LatencyModel
 from baton.messages import WorkerMessage
@@ -37,10 +39,12 @@ class Worker:
         plane: DataPlane,
         observers: Sequence[Observer] = (),
         failpoints: Failpoints | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         """
         Args:
             plane: started already, so that `info` names its addresses.
+            grammars: those that the core's runner samples with.
         """
         self.info = info
         self.core = core
@@ -55,7 +59,8 @@ class Worker:
             core, self.runtime.post_output, on_failure=self.runtime.post_failure
         )
         self.fetches = FetchDesk(self.runtime, plane.memory, plane.transports, info.host_id)
-        self.runtime.connect(self.engine, self.fetches)
+        pool = None if grammars is None else GrammarPool(grammars)
+        self.runtime.connect(self.engine, self.fetches, pool)
         self._plane = plane
         self._timers: asyncio.Task[None] | None = None
 
@@ -92,6 +97,7 @@ class Worker:
         """Idempotent; legs that are still here end without a word."""
         if self._timers is not None:
             self._timers.cancel()
+        self.runtime.close()
         await self.fetches.close()
         await self._plane.close()
         # The engine may be waiting for this loop to read its outputs.

@@ -18,6 +18,7 @@ from baton.engine.events import LegFailed, LegTokens
 from baton.engine.loader import load_runner
 from baton.engine.runner import ModelRunner
 from baton.engine.runner_config import RunnerConfig
+from baton.text import Tokenizer
 from baton.types import LegId, Request, SamplingParams
 
 VOCAB_SIZE = 320
@@ -87,10 +88,12 @@ def reference_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def load_tiny_runner(folder: Path, **options: Any) -> ModelRunner:
+def load_tiny_runner(
+    folder: Path, load_tokenizer: Callable[[], Tokenizer] | None = None, **options: Any
+) -> ModelRunner:
     """A runner with a pool of 128 blocks unless told otherwise."""
     options.setdefault("kv_cache_memory_bytes", 128 * _block_bytes(options))
-    return load_runner(RunnerConfig(str(folder), show_progress=False, **options))
+    return load_runner(RunnerConfig(str(folder), show_progress=False, **options), load_tokenizer)
 
 
 def _block_bytes(options: dict[str, Any]) -> int:

@@ -167,7 +167,7 @@ async def start_worker(
     recorder = Recorder()
     # The client's heart does not beat.
     policy = replace(policy or WorkerPolicy(), session_timeout_ms=10**9)
-    worker = Worker(info, policy, core, plane, (recorder,))
+    worker = Worker(info, policy, core, plane, (recorder,), grammars=runner.grammars)
     worker.start()
     return LocalWorker(name, worker, recorder)
 

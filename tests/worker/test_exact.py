@@ -2,11 +2,13 @@
 tokens of an aggregated run, whatever happens on the way."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -14,8 +16,19 @@ import torch
 from baton.engine.commands import AddLocal
 from baton.engine.events import LegFailed, LegTokens
 from baton.engine.runner import ModelRunner
+from baton.errors import Cause
 from baton.kvtransfer.local import LocalNetwork
-from baton.messages import Abort, Bound, ComputeLocally, Imported, KvFailed, Rebind, Release
+from baton.messages import (
+    Abort,
+    Bound,
+    ComputeLocally,
+    Failed,
+    Imported,
+    KvFailed,
+    Rebind,
+    Release,
+    Submit,
+)
 from baton.types import (
     FinishReason,
     LegId,
@@ -23,15 +36,27 @@ from baton.types import (
     RepetitionDetection,
     Request,
     SamplingParams,
+    StructuredKind,
+    StructuredOutput,
     TokenChunk,
 )
 from tests.engine.tiny_models import load_tiny_runner, make_core, random_prompts, save_tiny_model
+from tests.tiny_tokenizer import tiny_tokenizer
 from tests.worker.fleet import Client, LocalWorker, start_worker
 
 CHUNK_TOKENS = 32  # so that most prompts take several steps
+EOS = (2,)
 PROMPT_LEN = 96  # a multiple of both block sizes
 GREEDY = {"temperature": 0.0, "seed": 0, "max_tokens": 10, "ignore_eos": True}
 SEEDED = {"temperature": 1.0, "seed": 5, "max_tokens": 10, "ignore_eos": True}
+SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {"a": {"type": "string", "maxLength": 9}, "b": {"enum": [1, True, None]}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+)
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": GREEDY,
     "seeded": SEEDED,
@@ -62,6 +87,14 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
         "max_tokens": 60,
         "n": 2,
     },
+    "structured": {
+        **SEEDED,
+        "structured_outputs": StructuredOutput(StructuredKind.JSON_SCHEMA, SCHEMA, False),
+        "logit_bias": {37: 4.0},  # a quotation mark
+        "frequency_penalty": 0.2,
+        "max_tokens": 60,
+        "n": 2,
+    },
     "may end early": {**SEEDED, "ignore_eos": False, "min_tokens": 2, "max_tokens": 30},
 }
 BLOCK_SIZES = [(16, 16), (16, 32), (32, 16)]
@@ -84,7 +117,11 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runners]:
 
     def load(block_size: int) -> ModelRunner:
         return load_tiny_runner(
-            folder, block_size=block_size, dtype="float32", batch_invariant=True
+            folder,
+            tiny_tokenizer,
+            block_size=block_size,
+            dtype="float32",
+            batch_invariant=True,
         )
 
     made = Runners({16: load(16), 32: load(32)}, {16: load(16), 32: load(32)}, load(16), load(16))
@@ -120,7 +157,7 @@ def oracle(runners: Runners) -> Oracle:
     """The same request alone in one engine, nothing cached, the whole prompt in one step."""
 
     def generate(request: Request) -> Expected:
-        core = make_core(runners.oracle, enable_prefix_caching=False)
+        core = make_core(runners.oracle, enable_prefix_caching=False, eos_token_ids=EOS)
         leg = LegId(request.request_id, 0)
         core.apply(AddLocal(leg, request))
         token_ids: dict[int, list[int]] = {c: [] for c in range(request.sampling.n)}
@@ -165,7 +202,8 @@ async def pair(
 def worker(
     network: LocalNetwork, name: str, runner: ModelRunner, **options: Any
 ) -> Coroutine[Any, Any, LocalWorker]:
-    options = {"max_num_batched_tokens": CHUNK_TOKENS, "max_num_seqs": 16, **options}
+    options = {"max_num_batched_tokens": CHUNK_TOKENS, "eos_token_ids": EOS, **options}
+    options.setdefault("max_num_seqs", 16)
     return start_worker(network, name, runner, **options)
 
 
@@ -293,6 +331,45 @@ async def test_constraints_hold_from_the_first_token_on(runners: Runners) -> Non
                 assert not any(word in text for word in ("40 41", "42 42"))
 
 
+async def test_structured_output_is_what_was_asked_for(runners: Runners) -> None:
+    """On both workers: P masks the first token, D the rest, from the committed ones on."""
+    client, tokenizer = Client(), tiny_tokenizer()
+    async with pair(runners) as (p, d):
+        sampling = SamplingParams(**SAMPLINGS["structured"])
+        requests = [client.request(prompt(30 + i, i), sampling) for i in range(4)]
+        answers = await asyncio.gather(*(client.disaggregated(p, d, r) for r in requests))
+        for answer in answers:
+            for ids in answer.token_ids.values():
+                assert ids[-1] in EOS
+                jsonschema.validate(json.loads(tokenizer.decode(ids)), json.loads(SCHEMA))
+
+
+async def test_a_bad_grammar_is_refused_by_the_worker_too(runners: Runners) -> None:
+    """And what comes behind it is served; nothing is held."""
+    client = Client()
+    async with pair(runners) as (p, _):
+        bad = StructuredOutput(StructuredKind.REGEX, "((")
+        sampling = SamplingParams(**SEEDED, structured_outputs=bad)
+        leg = client.leg(request := client.request(prompt(20, 1), sampling))
+        p.send(Submit(leg, request))
+        failed = await p.expect(leg, Failed)
+        assert failed.cause is Cause.INVALID_REQUEST
+        p.send(Abort(leg))
+        await client.local(p, client.request(prompt(20, 1), SamplingParams(**SEEDED)))
+
+
+async def test_an_abort_while_the_grammar_is_compiled(runners: Runners) -> None:
+    client = Client()
+    async with pair(runners) as (p, _):
+        spec = StructuredOutput(StructuredKind.REGEX, "[a-z]{1,40}x")
+        sampling = SamplingParams(**SEEDED, structured_outputs=spec)
+        leg = client.leg(request := client.request(prompt(20, 1), sampling))
+        assert spec not in runners.p[16].grammars
+        p.send(Submit(leg, request))
+        p.send(Abort(leg))
+        assert spec not in runners.p[16].grammars, "it is still to come"
+
+
 async def test_a_repetition_ends_a_choice(runners: Runners) -> None:
     client = Client()
     async with pair(runners) as (p, d):
@@ -365,7 +442,9 @@ async def test_a_fetch_that_broke_is_fetched_again(runners: Runners, oracle: Ora
         p.send(Release(p_leg))
 
 
-@pytest.mark.parametrize("name", ["greedy", "two choices", "penalties", "logprobs"])
+@pytest.mark.parametrize(
+    "name", ["greedy", "two choices", "penalties", "logprobs", "bad words", "structured"]
+)
 @pytest.mark.parametrize("after", [1, 4])
 async def test_d_is_lost_and_another_takes_over(
     runners: Runners, oracle: Oracle, name: str, after: int
