@@ -14,18 +14,29 @@ from baton.types import KVRange
 _TILE_WORDS = 4096
 
 
-@triton.jit
+# What differs from frame to frame is not compiled in: a compilation takes as long as many frames.
+@triton.jit(
+    do_not_specialize=[
+        "num_rows",
+        "num_tokens",
+        "num_slots",
+        "layer_start",
+        "token_start",
+        "head_start",
+    ]
+)
 def _copy_kv_kernel(
     cache_ptr,  # words of [num_layers, 2, num_slots, cache_row]
     wire_ptr,  # words of [layers, tokens, 2, row]
-    block_ids_ptr,  # [num_blocks of the sequence] int32
+    block_ids_ptr,  # [blocks with tokens of the range] int32
     num_rows,  # layers * tokens * 2
     num_tokens,
     num_slots,
     layer_start,
-    token_start,
-    row_start,  # words before the first head of the range
+    token_start,  # in the first of these blocks
+    head_start,
     block_size: tl.constexpr,
+    head_words: tl.constexpr,
     cache_row: tl.constexpr,  # words of one token's K (or V), all heads
     row: tl.constexpr,  # words of one token's K (or V), heads of the range
     TILE_ROWS: tl.constexpr,
@@ -41,8 +52,8 @@ def _copy_kv_kernel(
     in_range = rows < num_rows
     block = tl.load(block_ids_ptr + position // block_size, mask=in_range, other=0)
     slot = block.to(tl.int64) * block_size + position % block_size
-    cache_at = ((layer.to(tl.int64) * 2 + kv) * num_slots + slot) * cache_row + row_start
-    cache_at = cache_at[:, None] + cols[None, :]
+    cache_at = ((layer.to(tl.int64) * 2 + kv) * num_slots + slot) * cache_row
+    cache_at = cache_at[:, None] + head_start * head_words + cols[None, :]
     wire_at = rows.to(tl.int64)[:, None] * row + cols[None, :]
     mask = in_range[:, None] & (cols < row)[None, :]
     if PACK:
@@ -64,7 +75,9 @@ def copy_kv_triton(
     tile_cols = min(triton.next_power_of_2(row), _TILE_WORDS)
     tile_rows = _TILE_WORDS // tile_cols
     num_rows = where.num_layers * where.num_tokens * 2
-    blocks = torch.tensor(block_ids, dtype=torch.int32, device=kv_cache.device)
+    first_block = where.token_start // block_size
+    used = block_ids[first_block : -(-where.token_stop // block_size)]
+    blocks = torch.tensor(used, dtype=torch.int32, device=kv_cache.device)
     grid = (triton.cdiv(num_rows, tile_rows), triton.cdiv(row, tile_cols))
     _copy_kv_kernel[grid](
         kv_cache.view(word),
@@ -74,9 +87,10 @@ def copy_kv_triton(
         where.num_tokens,
         num_blocks * block_size,
         where.layer_start,
-        where.token_start,
-        heads[0] * head_words,
+        where.token_start - first_block * block_size,
+        heads[0],
         block_size=block_size,
+        head_words=head_words,
         cache_row=num_kv_heads * head_words,
         row=row,
         TILE_ROWS=tile_rows,

@@ -7,18 +7,43 @@ splits are what fills the GPU.
 # Triton reads a kernel's annotations as its own types, so kernels stay without them.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE_KEYS = 64
 _MIN_SPLIT = 256  # keys; less is not worth a program
-_MAX_SPLITS = 64
-_PROGRAMS = 512  # about what fills a large GPU
+_MAX_SPLITS = 64  # a power of two
+_PROGRAMS = 2048  # a few waves on a large GPU, so that the last one costs little
 
 
-@triton.jit
+class Tiles(NamedTuple):
+    """How the kernel is compiled; every entry of `tiles_for` fits registers and shared memory."""
+
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+def tiles_for(dims: int, dtype: torch.dtype) -> Tiles:
+    """dims: head_dim, rounded up to a power of two.
+
+    float32 products are sums in registers (tensor cores would round their inputs to 10 bits), so
+    its tiles are small: larger ones spill. Three stages, because two do not fetch the block ids
+    of a tile ahead.
+    """
+    if dtype is torch.float32:
+        return Tiles(32, 4, 3) if dims <= 128 else Tiles(16, 4, 3)
+    return Tiles(64, 4, 3) if dims <= 128 else Tiles(32, 4, 3)
+
+
+# What differs from step to step is not compiled in: a compilation stops everyone for seconds.
+@triton.jit(
+    do_not_specialize=["q_stride", "max_blocks", "num_slots", "window", "num_splits"],
+    do_not_specialize_on_alignment=["q_ptr", "table_ptr", "lens_ptr"],
+)
 def _decode_kernel(
     q_ptr,  # [num_rows, num_heads, head_dim], strided in the first dimension
     cache_ptr,  # [2, num_slots, num_kv_heads, head_dim]
@@ -88,7 +113,7 @@ def _decode_kernel(
     tl.store(totals_ptr + partial, total, mask=in_group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _merge_kernel(
     sums_ptr,  # as left by _decode_kernel; an empty share has maximum -inf and total 0
     maxima_ptr,
@@ -97,20 +122,23 @@ def _merge_kernel(
     num_splits,
     head_dim: tl.constexpr,
     DIMS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
 ):
     head = tl.program_id(0).to(tl.int64)
-    splits = tl.arange(0, SPLITS)
+    splits = tl.arange(0, MAX_SPLITS)
     dims = tl.arange(0, DIMS)
-    there = splits < num_splits
     in_head = dims < head_dim
-    at = head * num_splits + splits
-    maxima = tl.load(maxima_ptr + at, mask=there, other=float("-inf"))
-    totals = tl.load(totals_ptr + at, mask=there, other=0.0)
-    weights = tl.exp2(maxima - tl.max(maxima, 0))
-    mask = there[:, None] & in_head[None, :]
-    sums = tl.load(sums_ptr + at[:, None] * head_dim + dims[None, :], mask=mask, other=0.0)
-    out = tl.sum(sums * weights[:, None], 0) / tl.sum(totals * weights, 0)
+    first = head * num_splits
+    maxima = tl.load(maxima_ptr + first + splits, mask=splits < num_splits, other=float("-inf"))
+    maximum = tl.max(maxima, 0)
+    maximum = tl.where(maximum == float("-inf"), 0.0, maximum)  # a row without context
+    total = 0.0
+    acc = tl.zeros((DIMS,), tl.float32)
+    for at in range(first, first + num_splits):
+        weight = tl.exp2(tl.load(maxima_ptr + at) - maximum)
+        total += tl.load(totals_ptr + at) * weight
+        acc += tl.load(sums_ptr + at * head_dim + dims, mask=in_head, other=0.0) * weight
+    out = acc / tl.where(total > 0, total, 1.0)
     tl.store(out_ptr + head * head_dim + dims, out.to(out_ptr.dtype.element_ty), mask=in_head)
 
 
@@ -127,7 +155,7 @@ def paged_decode_triton(
     _, num_blocks, block_size, num_kv_heads, _ = kv_cache.shape
     assert q.stride()[1:] == (head_dim, 1), "the heads of a query must be contiguous"
     assert kv_cache.is_contiguous()
-    assert block_table.is_contiguous()
+    assert block_table.stride(1) == 1
     max_context = min(block_table.shape[1] * block_size, window or 1 << 30)
     num_splits = min(
         triton.cdiv(max_context, _MIN_SPLIT),
@@ -140,6 +168,7 @@ def paged_decode_triton(
     out = torch.empty((num_rows, num_heads, head_dim), dtype=q.dtype, device=q.device)
     group_size = num_heads // num_kv_heads
     dims = max(16, triton.next_power_of_2(head_dim))
+    tiles = tiles_for(dims, q.dtype)
     _decode_kernel[(num_rows, num_kv_heads, num_splits)](
         q,
         kv_cache,
@@ -149,7 +178,7 @@ def paged_decode_triton(
         maxima,
         totals,
         q.stride(0),
-        block_table.shape[1],
+        block_table.stride(0),
         num_blocks * block_size,
         scale * 1.4426950408889634,
         window,
@@ -160,10 +189,10 @@ def paged_decode_triton(
         block_size=block_size,
         HEADS=max(16, triton.next_power_of_2(group_size)),
         DIMS=dims,
-        KEYS=_TILE_KEYS,
+        KEYS=tiles.keys,
         PRECISION="ieee" if q.dtype is torch.float32 else "tf32",
-        num_warps=4,
-        num_stages=2,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
     )
     _merge_kernel[(num_rows * num_heads,)](
         sums,
@@ -173,7 +202,7 @@ def paged_decode_triton(
         num_splits,
         head_dim=head_dim,
         DIMS=dims,
-        SPLITS=triton.next_power_of_2(num_splits),
-        num_warps=4,
+        MAX_SPLITS=_MAX_SPLITS,
+        num_warps=1 if dims <= 128 else 2,
     )
     return out

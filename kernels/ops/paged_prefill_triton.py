@@ -3,16 +3,42 @@ or a chunk of one that follows cached context."""
 # Triton reads a kernel's annotations as its own types, so kernels stay without them.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE_QUERIES = 64
-_TILE_KEYS = 64
+
+class Tiles(NamedTuple):
+    """How the kernel is compiled; every entry of `tiles_for` fits registers and shared memory."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
 
 
-@triton.jit
+def tiles_for(dims: int, dtype: torch.dtype) -> Tiles:
+    """dims: head_dim, rounded up to a power of two.
+
+    float32 products are sums in registers (tensor cores would round their inputs to 10 bits), so
+    its tiles are small: larger ones spill. Three stages, because two do not fetch the block ids
+    of a tile ahead.
+    """
+    if dtype is torch.float32:
+        if dims <= 64:
+            return Tiles(32, 32, 4, 2)
+        return Tiles(32, 32, 8, 1) if dims <= 128 else Tiles(16, 32, 8, 1)
+    return Tiles(128, 64, 8, 3) if dims <= 128 else Tiles(64, 32, 4, 3)
+
+
+# What differs from step to step is not compiled in: a compilation stops everyone for seconds.
+@triton.jit(
+    do_not_specialize=["q_stride", "max_blocks", "num_slots", "window"],
+    do_not_specialize_on_alignment=["q_ptr", "starts_ptr", "table_ptr", "lens_ptr"],
+)
 def _prefill_kernel(
     q_ptr,  # [num_tokens, num_heads, head_dim], strided in the first dimension
     cache_ptr,  # [2, num_slots, num_kv_heads, head_dim]
@@ -102,13 +128,15 @@ def paged_prefill_triton(
 ) -> Tensor:
     """See `paged_prefill`."""
     num_tokens, num_heads, head_dim = q.shape
-    num_rows, max_blocks = block_table.shape
+    num_rows = block_table.shape[0]
     _, num_blocks, block_size, num_kv_heads, _ = kv_cache.shape
     assert q.stride()[1:] == (head_dim, 1), "the heads of a query must be contiguous"
     assert kv_cache.is_contiguous()
-    assert block_table.is_contiguous()
+    assert block_table.stride(1) == 1
     out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
-    _prefill_kernel[(triton.cdiv(max_query_len, _TILE_QUERIES), num_heads, num_rows)](
+    dims = max(16, triton.next_power_of_2(head_dim))
+    tiles = tiles_for(dims, q.dtype)
+    _prefill_kernel[(triton.cdiv(max_query_len, tiles.queries), num_heads, num_rows)](
         q,
         kv_cache,
         query_starts,
@@ -116,7 +144,7 @@ def paged_prefill_triton(
         context_lens,
         out,
         q.stride(0),
-        max_blocks,
+        block_table.stride(0),
         num_blocks * block_size,
         scale * 1.4426950408889634,
         window,
@@ -124,11 +152,11 @@ def paged_prefill_triton(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         block_size=block_size,
-        QUERIES=_TILE_QUERIES,
-        DIMS=max(16, triton.next_power_of_2(head_dim)),
-        KEYS=_TILE_KEYS,
+        QUERIES=tiles.queries,
+        DIMS=dims,
+        KEYS=tiles.keys,
         PRECISION="ieee" if q.dtype is torch.float32 else "tf32",
-        num_warps=4,
-        num_stages=2,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
     )
     return out

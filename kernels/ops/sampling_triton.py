@@ -13,7 +13,7 @@ _LEAST = -(2**63)
 _NOT_FINITE = 2**63 - 1  # above every packed score
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_per_program"])
 def _gumbel_argmax_kernel(
     logits_ptr,  # [N, vocab_size] float32
     temperatures_ptr,  # [N] float32
@@ -33,26 +33,26 @@ def _gumbel_argmax_kernel(
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperatures_ptr + row)
     key = tl.load(keys_ptr + row).to(tl.uint32, bitcast=True)
-    greedy = temperature == 0.0
-    divisor = tl.where(greedy, 1.0, temperature)
     best = tl.full((TILE,), LEAST, tl.int64)
     for tile in range(tiles_per_program):
         ids = (tl.program_id(1) * tiles_per_program + tile) * TILE + tl.arange(0, TILE)
         inside = ids < vocab_size
         logits = tl.load(logits_ptr + row * vocab_size + ids, mask=inside, other=float("-inf"))
-        k = ids.to(tl.uint32) * C1
-        k = ((k << 15) | (k >> 17)) * C2
-        h = key ^ k
-        h = (h << 13) | (h >> 19)
-        h = h * 5 + N1
-        h = h ^ 12
-        h = (h ^ (h >> 16)) * F1
-        h = (h ^ (h >> 13)) * F2
-        h = h ^ (h >> 16)
-        u = ((h >> 8).to(tl.float64) + 0.5) * 5.9604644775390625e-08  # 2**-24
-        noise = (-tl.log(-tl.log(u))).to(tl.float32)
-        scores = tl.div_rn(logits, divisor) + tl.where(greedy, 0.0, noise)
-        scores = tl.where(greedy, logits, scores) + 0.0
+        if temperature == 0.0:
+            scores = logits + 0.0
+        else:
+            k = ids.to(tl.uint32) * C1
+            k = ((k << 15) | (k >> 17)) * C2
+            h = key ^ k
+            h = (h << 13) | (h >> 19)
+            h = h * 5 + N1
+            h = h ^ 12
+            h = (h ^ (h >> 16)) * F1
+            h = (h ^ (h >> 13)) * F2
+            h = h ^ (h >> 16)
+            u = ((h >> 8).to(tl.float64) + 0.5) * 5.9604644775390625e-08  # 2**-24
+            noise = (-tl.log(-tl.log(u))).to(tl.float32)
+            scores = tl.div_rn(logits, temperature) + noise + 0.0
         bits = scores.to(tl.int32, bitcast=True)
         ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
         packed = (ordered.to(tl.int64) << 32) | (0xFFFFFFFF - ids.to(tl.int64))
