@@ -23,6 +23,7 @@ def runner_config(model: ModelSettings, engine: EngineSettings) -> RunnerConfig:
         kv_cache_memory_bytes=engine.kv_cache_memory_bytes,
         gpu_memory_utilization=engine.gpu_memory_utilization,
         batch_invariant=engine.batch_invariant,
+        enforce_eager=engine.enforce_eager,
         seed=model.seed,
     )
 

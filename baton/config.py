@@ -117,6 +117,9 @@ class EngineSettings(_Section):
         description="Results do not depend on batch, chunk or padding, bit for bit; on where it "
         "costs little if absent.",
     )
+    enforce_eager: bool = Field(
+        False, description="On CUDA: launch each kernel of a decode step; no CUDA graphs."
+    )
     threads: int | None = Field(
         None, gt=0, description="CPU threads of one worker; its share of the cores if absent."
     )

@@ -52,6 +52,7 @@ class LLMOptions(TypedDict, total=False):
     gpu_memory_utilization: float
     enable_prefix_caching: bool
     batch_invariant: bool
+    enforce_eager: bool
     threads: int
 
 

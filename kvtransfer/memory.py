@@ -8,10 +8,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from baton.kernels import kv_pack
+from baton.kvtransfer.cuda_staging import CudaStaging
 from baton.types import KVLayout, KVRange
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
@@ -60,10 +60,7 @@ class KVMemory:
         self.layout = layout
         self._kv_cache = kv_cache
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-transfer")
-        is_cuda = kv_cache.device.type == "cuda"
-        self._stream: torch.cuda.Stream | None = None
-        if is_cuda:
-            self._stream = torch.cuda.Stream(kv_cache.device)  # type: ignore[no-untyped-call]
+        self._staging = CudaStaging(kv_cache) if kv_cache.is_cuda else None
 
     def has(self, where: KVRange) -> bool:
         """Does the pool have these layers and heads?"""
@@ -83,31 +80,20 @@ class KVMemory:
         buffer: Callable[[int], memoryview] = heap_buffer,
     ) -> memoryview:
         """The payload of `where` behind `headroom_bytes` that are left to the caller, in host
-        memory: on CPU what `buffer` returns for that many bytes."""
-        num_bytes = self.num_bytes(where)
-        if self._stream is None:
-            out = buffer(headroom_bytes + num_bytes)
-            kv_pack.pack_kv(self._kv_cache, block_ids, where, out[headroom_bytes:])
-            return out
-        with torch.cuda.stream(self._stream):
-            packed = torch.empty(num_bytes, dtype=torch.uint8, device=self._kv_cache.device)
-            kv_pack.pack_kv(self._kv_cache, block_ids, where, packed)
-            host = torch.empty(headroom_bytes + num_bytes, dtype=torch.uint8, pin_memory=True)
-            host[headroom_bytes:].copy_(packed, non_blocking=True)
-        self._stream.synchronize()
-        return host.numpy().data
+        memory: what `buffer` returns for that many bytes, or pinned memory if the pool is on
+        CUDA."""
+        if self._staging is not None:
+            return self._staging.pack(block_ids, where, headroom_bytes)
+        out = buffer(headroom_bytes + self.num_bytes(where))
+        kv_pack.pack_kv(self._kv_cache, block_ids, where, out[headroom_bytes:])
+        return out
 
     def unpack(self, block_ids: Sequence[int], where: KVRange, payload: memoryview) -> None:
         """Write a payload into the slots of `where`; it is all there on return."""
-        if self._stream is None:
+        if self._staging is not None:
+            self._staging.unpack(block_ids, where, payload)
+        else:
             kv_pack.unpack_kv(self._kv_cache, block_ids, where, payload)
-            return
-        host = torch.empty(len(payload), dtype=torch.uint8, pin_memory=True)
-        host.numpy()[:] = np.frombuffer(payload, dtype=np.uint8)
-        with torch.cuda.stream(self._stream):
-            packed = host.to(self._kv_cache.device, non_blocking=True)
-            kv_pack.unpack_kv(self._kv_cache, block_ids, where, packed)
-        self._stream.synchronize()
 
     async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call `function` on the transfer thread.

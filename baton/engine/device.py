@@ -64,12 +64,17 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 
 def num_kv_blocks(
-    config: RunnerConfig, block_bytes: int, max_model_len: int, device: torch.device
+    config: RunnerConfig,
+    block_bytes: int,
+    max_model_len: int,
+    device: torch.device,
+    workspace_bytes: int = 0,
 ) -> int:
     """How many blocks the pool gets, after the weights are in memory.
 
-    Without `kv_cache_memory_bytes`: on CUDA what `gpu_memory_utilization` leaves; on CPU a share of
-    the available memory, at most what `max_num_seqs` sequences of full length need.
+    Without `kv_cache_memory_bytes`: on CUDA what `gpu_memory_utilization` leaves beside what is
+    used already and the `workspace_bytes` of the largest step; on CPU a share of the available
+    memory, at most what `max_num_seqs` sequences of full length need.
 
     Raises:
         InvalidRequest: not even one block fits.
@@ -79,7 +84,8 @@ def num_kv_blocks(
         num_blocks = config.kv_cache_memory_bytes // block_bytes
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        num_blocks = int(free - total * (1 - config.gpu_memory_utilization)) // block_bytes
+        spare = total * (1 - config.gpu_memory_utilization)
+        num_blocks = int(free - workspace_bytes - spare) // block_bytes
     else:
         pool = min(available_memory() // _CPU_POOL_SHARE, _MAX_CPU_POOL)
         num_blocks = min(pool // block_bytes, config.max_num_seqs * blocks_per_seq)

@@ -10,14 +10,16 @@ import torch
 
 from baton.engine import checkpoint
 from baton.engine.device import describe_device, num_kv_blocks, select_device, select_dtype
+from baton.engine.graphs import DecodeGraphs, cuda_capture, graph_sizes
 from baton.engine.invariance import pad_linears, probe_invariance
 from baton.engine.kv_cache import KVCache, dtype_name, kv_layout
-from baton.engine.layers.attention import make_attention
+from baton.engine.layers.attention import AttentionBackend, KernelBackend, make_attention
 from baton.engine.model_config import ModelConfig, load_model_config
 from baton.engine.models.decoder import Decoder
 from baton.engine.runner import ModelInfo, ModelRunner
 from baton.engine.runner_config import RunnerConfig
 from baton.engine.sampler import Sampler
+from baton.engine.warmup import largest_batch, measure_workspace, num_warmup_blocks
 from baton.engine.weights import DummyWeights, SafetensorsWeights
 from baton.errors import InvalidRequest
 from baton.grammar import Grammars
@@ -53,8 +55,24 @@ def load_runner(
     plan = _make_plan(config, load_model_config(path))
     model, weights_id = _load_model(config, plan)
     invariance = _make_invariant(config, plan, model)
-    cache, max_model_len = _make_cache(config, plan)
-    info = ModelInfo(
+    workspace = _measure_workspace(config, plan, model, weights_id)
+    cache, max_model_len = _make_cache(config, plan, workspace)
+    info = _describe(config, plan, weights_id, max_model_len, invariance)
+    attention = make_attention(plan.model, cache, invariance)
+    grammars = Grammars(load_tokenizer, info.vocab_size, info.eos_token_ids)
+    sampler = Sampler(info.eos_token_ids, grammars)
+    graphs = _capture(config, plan, model, attention, max_model_len)
+    return ModelRunner(info, model, cache, attention, sampler, grammars, graphs)
+
+
+def _describe(
+    config: RunnerConfig,
+    plan: _Plan,
+    weights_id: bytes,
+    max_model_len: int,
+    invariance: Invariance | None,
+) -> ModelInfo:
+    return ModelInfo(
         name=config.model,
         fingerprint=checkpoint.model_fingerprint(plan.model, dtype_name(plan.dtype), weights_id),
         max_model_len=max_model_len,
@@ -64,10 +82,6 @@ def load_runner(
         batch_invariant=invariance is not None,
         device=describe_device(plan.device),
     )
-    attention = make_attention(plan.model, cache, invariance)
-    grammars = Grammars(load_tokenizer, info.vocab_size, info.eos_token_ids)
-    sampler = Sampler(info.eos_token_ids, grammars)
-    return ModelRunner(info, model, cache, attention, sampler, grammars)
 
 
 def _make_plan(config: RunnerConfig, model: ModelConfig) -> _Plan:
@@ -116,11 +130,52 @@ def _make_invariant(config: RunnerConfig, plan: _Plan, model: Decoder) -> Invari
     return invariance
 
 
-def _make_cache(config: RunnerConfig, plan: _Plan) -> tuple[KVCache, int]:
+def _measure_workspace(config: RunnerConfig, plan: _Plan, model: Decoder, weights_id: bytes) -> int:
+    """On CUDA: bytes that the largest step takes beside weights and pool; compiles its kernels."""
+    if plan.device.type != "cuda":
+        return 0
+    num_seqs, block_size = config.max_num_seqs, config.block_size
+    num_tokens = max(config.max_num_batched_tokens, num_seqs)
+    batch = largest_batch(num_tokens, num_seqs, plan.max_model_len, block_size)
+    layout = kv_layout(plan.model, block_size, plan.dtype)
+    cache = KVCache(layout, num_warmup_blocks(num_tokens, num_seqs, block_size), plan.device)
+    attention = make_attention(plan.model, cache, None)
+    info = _describe(config, plan, weights_id, plan.max_model_len, None)
+    grammars = Grammars(None, info.vocab_size, info.eos_token_ids)
+    runner = ModelRunner(info, model, cache, attention, Sampler(info.eos_token_ids), grammars)
+    num_bytes = measure_workspace(runner, batch)
+    del runner, attention, cache
+    torch.cuda.empty_cache()
+    log.info("the largest step takes %.2f GiB beside weights and KV", num_bytes / 2**30)
+    return num_bytes
+
+
+def _capture(
+    config: RunnerConfig,
+    plan: _Plan,
+    model: Decoder,
+    attention: AttentionBackend,
+    max_model_len: int,
+) -> DecodeGraphs | None:
+    if config.enforce_eager or not isinstance(attention, KernelBackend):
+        return None
+    with torch.inference_mode():
+        return DecodeGraphs(
+            model,
+            attention,
+            config.block_size,
+            max_model_len,
+            graph_sizes(config.max_num_seqs),
+            plan.device,
+            cuda_capture(plan.device),
+        )
+
+
+def _make_cache(config: RunnerConfig, plan: _Plan, workspace: int) -> tuple[KVCache, int]:
     """The pool, and the longest sequence that is served with it."""
     layout = kv_layout(plan.model, config.block_size, plan.dtype)
     block_bytes = layout.token_bytes * layout.block_size
-    num_blocks = num_kv_blocks(config, block_bytes, plan.max_model_len, plan.device)
+    num_blocks = num_kv_blocks(config, block_bytes, plan.max_model_len, plan.device, workspace)
     num_tokens = num_blocks * layout.block_size
     if num_tokens < plan.max_model_len and config.max_model_len is not None:
         raise InvalidRequest(

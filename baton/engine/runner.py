@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from baton.engine.batch import NOT_FINITE, Batch, Sampled, ScheduledRow
+from baton.engine.graphs import DecodeGraphs
 from baton.engine.kv_cache import KVCache
 from baton.engine.layers.attention import AttentionBackend
 from baton.engine.models.decoder import Decoder
@@ -46,6 +47,7 @@ class ModelRunner:
         attention: AttentionBackend,
         sampler: Sampler,
         grammars: Grammars,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self.info = info
         self.grammars = grammars  # what `sampler` compiles with; callable from any thread
@@ -53,25 +55,26 @@ class ModelRunner:
         self._model = model
         self._attention = attention
         self._sampler = sampler
+        self._graphs = graphs
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> dict[int, tuple[Sampled, ...]]:
         """See `baton.engine.batch.Runner`."""
         self.kv_cache.copy_blocks(batch.copies)
         if not batch.rows:
+            self._wait()
             return {}
         # The CUDA kernels take rows with one token first; sampling does not mind the order.
         rows = sorted(batch.rows, key=lambda row: len(row.token_ids) > 1)
-        hidden = self._forward(rows)
-        results = self._refuse_broken(rows, hidden)
-        sampling = [i for i, row in enumerate(rows) if row.samples and row.row_id not in results]
-        if sampling:
-            logits = self._model.logits(hidden[_last_tokens(rows, sampling, hidden.device)])
-            requests = [rows[index].samples for index in sampling]
-            for index, sampled in zip(
-                sampling, self._sampler.sample(logits, requests), strict=True
-            ):
-                results[rows[index].row_id] = sampled
+        hidden = self._decode(rows)
+        if hidden is None:
+            hidden = self._forward(rows)
+        is_finite = hidden.sum(dim=1, dtype=torch.float32).isfinite()
+        results = self._sample(rows, hidden)
+        # Asked last, so that a device has worked through everything when it is waited for.
+        if not is_finite.all():
+            results |= self._refuse_broken(rows, is_finite)
+            self._wait()
         return results
 
     def hidden_states(self, batch: Batch) -> Tensor:
@@ -92,17 +95,33 @@ class ModelRunner:
         """Idempotent; the pool's memory goes when nobody maps it any more."""
         self.kv_cache.close()
 
-    def _refuse_broken(
+    def _wait(self) -> None:
+        """Until the device has done what was launched: blocks may change hands after a step."""
+        if self.kv_cache.tensor.is_cuda:
+            torch.cuda.current_stream(self.kv_cache.tensor.device).synchronize()
+
+    def _sample(
         self, rows: Sequence[ScheduledRow], hidden: Tensor
+    ) -> dict[int, tuple[Sampled, ...]]:
+        sampling = [i for i, row in enumerate(rows) if row.samples]
+        if not sampling:
+            return {}
+        logits = self._model.logits(hidden[_last_tokens(rows, sampling, hidden.device)])
+        sampled = self._sampler.sample(logits, [rows[index].samples for index in sampling])
+        row_ids = [rows[index].row_id for index in sampling]
+        return dict(zip(row_ids, sampled, strict=True))
+
+    def _refuse_broken(
+        self, rows: Sequence[ScheduledRow], is_finite: Tensor
     ) -> dict[int, tuple[Sampled, ...]]:
         """Answers for rows with a token whose hidden state is not finite; clears their new KV.
 
         No infinity stays in the pool: attention may read stale slots, masked, and a masked infinity
         is still a NaN.
+
+        Args:
+            is_finite: [num_tokens] bool.
         """
-        is_finite = hidden.sum(dim=1, dtype=torch.float32).isfinite()
-        if is_finite.all():
-            return {}
         results, end = {}, 0
         for row in rows:
             start, end = end, end + len(row.token_ids)
@@ -111,6 +130,12 @@ class ModelRunner:
                 self.kv_cache.tensor.flatten(2, 3)[:, :, slots] = 0
                 results[row.row_id] = (Sampled(NOT_FINITE),) * max(1, len(row.samples))
         return results
+
+    def _decode(self, rows: Sequence[ScheduledRow]) -> Tensor | None:
+        """The hidden states of a step that a graph can do."""
+        if self._graphs is None or any(len(row.token_ids) > 1 for row in rows):
+            return None
+        return self._graphs.run(rows)
 
     def _forward(self, rows: Sequence[ScheduledRow]) -> Tensor:
         device = self.kv_cache.tensor.device

@@ -22,5 +22,6 @@ class RunnerConfig:
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9  # of the device's memory, weights and workspaces included
     batch_invariant: bool | None = None
+    enforce_eager: bool = False  # on CUDA: decode steps launch their kernels, no graphs
     seed: int = 0  # of dummy weights
     show_progress: bool = True

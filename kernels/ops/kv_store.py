@@ -10,7 +10,7 @@ def kv_store(k: Tensor, v: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
         k, v: [num_tokens, num_kv_heads, head_dim], dtype of the cache, last two dimensions
             contiguous.
         kv_cache: [2, num_blocks, block_size, num_kv_heads, head_dim], contiguous; one layer.
-        slots: [num_tokens] int64, distinct.
+        slots: [num_tokens] int64, distinct. On CUDA a token with a negative one is not stored.
     """
     if k.is_cuda:
         from baton.kernels.kv_store_triton import kv_store_triton

@@ -12,7 +12,7 @@ def _kv_store_kernel(
     k_ptr,  # [num_tokens, row], strided in the first dimension
     v_ptr,
     cache_ptr,  # [2, num_slots, row]
-    slots_ptr,  # [num_tokens] int64
+    slots_ptr,  # [num_tokens] int64; negative = stored nowhere
     k_stride,
     v_stride,
     num_slots,
@@ -23,6 +23,8 @@ def _kv_store_kernel(
     cols = tl.arange(0, TILE)
     inside = cols < row
     slot = tl.load(slots_ptr + token)
+    if slot < 0:
+        return
     k = tl.load(k_ptr + token * k_stride + cols, mask=inside)
     v = tl.load(v_ptr + token * v_stride + cols, mask=inside)
     tl.store(cache_ptr + slot * row + cols, k, mask=inside)

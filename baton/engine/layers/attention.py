@@ -1,8 +1,12 @@
 """Attention over the KV pool, planned once per step for all layers."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -62,6 +66,18 @@ class CpuBackend:
         return attend
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StepTables:
+    """A step in device memory: `num_decodes` rows with one query each, then the prefills."""
+
+    slots: Tensor  # [num_tokens] int64; negative = stored nowhere
+    block_table: Tensor  # [num_rows, max_blocks] int32
+    context_lens: Tensor  # [num_rows] int32
+    num_decodes: int
+    query_starts: Tensor | None = None  # [number of prefills + 1] int32; None = there are none
+    max_query_len: int = 0
+
+
 class KernelBackend:
     """For CUDA. Rows with one query go through the decode kernel, the others through the prefill
     kernel; the runner puts the former first."""
@@ -72,40 +88,45 @@ class KernelBackend:
         self._scale = config.head_dim**-0.5
 
     def plan(self, rows: Sequence[PagedRow]) -> StepAttention:
-        cache, scale, windows = self._cache.tensor, self._scale, self._windows
-        device = cache.device
-        slots = torch.tensor(list(query_slots(rows, self._cache.block_size)), device=device)
+        device, block_size = self._cache.tensor.device, self._cache.block_size
         num_decodes = sum(row.num_queries == 1 for row in rows)
         assert all(row.num_queries == 1 for row in rows[:num_decodes]), "decodes come first"
-        table, lens = _block_table(rows, self._cache.block_size, device)
-        prefills = rows[num_decodes:]
-        starts = [0]
-        for row in prefills:
-            starts.append(starts[-1] + row.num_queries)
-        query_starts = torch.tensor(starts, dtype=torch.int32, device=device)
-        max_query_len = max((row.num_queries for row in prefills), default=0)
+        starts = [0, *accumulate(row.num_queries for row in rows[num_decodes:])]
+        lens = [row.context_len for row in rows]
+        slots = torch.tensor(list(query_slots(rows, block_size)), device=device)
+        tables = StepTables(
+            slots,
+            torch.from_numpy(block_table(rows, block_size)).to(device),
+            torch.tensor(lens, dtype=torch.int32, device=device),
+            num_decodes,
+            torch.tensor(starts, dtype=torch.int32, device=device) if len(starts) > 1 else None,
+            max(row.num_queries for row in rows),
+        )
+        return self.attention(tables)
+
+    def attention(self, step: StepTables) -> StepAttention:
+        """Of a step that is on the device already; nothing is copied there."""
+        cache, scale, windows = self._cache.tensor, self._scale, self._windows
+        num, table, lens = step.num_decodes, step.block_table, step.context_lens
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             kv, window = cache[layer], windows[layer]
-            kv_store(k, v, kv, slots)
+            kv_store(k, v, kv, step.slots)
             parts = []
-            if num_decodes:
-                decode = table[:num_decodes], lens[:num_decodes]
-                parts.append(paged_decode(q[:num_decodes], kv, *decode, scale, window))
-            if prefills:
-                prefill = query_starts, table[num_decodes:], lens[num_decodes:], max_query_len
-                parts.append(paged_prefill(q[num_decodes:], kv, *prefill, scale, window))
+            if num:
+                parts.append(paged_decode(q[:num], kv, table[:num], lens[:num], scale, window))
+            if step.query_starts is not None:
+                prefill = step.query_starts, table[num:], lens[num:], step.max_query_len
+                parts.append(paged_prefill(q[num:], kv, *prefill, scale, window))
             return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
 
         return attend
 
 
-def _block_table(
-    rows: Sequence[PagedRow], block_size: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """([num_rows, max_blocks], [num_rows]) int32: block ids, padded with 0, and context lengths."""
-    used = [list(row.block_ids[: num_blocks_used(row, block_size)]) for row in rows]
-    width = max(map(len, used))
-    table = torch.tensor([ids + [0] * (width - len(ids)) for ids in used], dtype=torch.int32)
-    lens = torch.tensor([row.context_len for row in rows], dtype=torch.int32)
-    return table.to(device, non_blocking=True), lens.to(device, non_blocking=True)
+def block_table(rows: Sequence[PagedRow], block_size: int) -> npt.NDArray[np.int32]:
+    """[num_rows, blocks of the longest]: block ids, padded with 0."""
+    used = [row.block_ids[: num_blocks_used(row, block_size)] for row in rows]
+    table = np.zeros((len(rows), max(map(len, used))), np.int32)
+    for line, block_ids in zip(table, used, strict=True):
+        line[: len(block_ids)] = block_ids
+    return table
