@@ -45,12 +45,12 @@ LAYOUT = KVLayout((KVGroup(KVKind.FULL, 24, 2, 64, "bfloat16"),), BLOCK)
 TRANSPORT, POOL, EMPTY = "transport", "pool to pool", "empty call"
 
 
-def kv_memory(num_tokens: int, seed: int) -> tuple[KVMemory, list[BlockId]]:
+def kv_memory(num_tokens: int, seed: int, device: str) -> tuple[KVMemory, list[BlockId]]:
     """A pool of twice as many blocks as needed, and shuffled blocks of it for so many tokens."""
     num_blocks = -(-num_tokens // BLOCK)
     (group,) = LAYOUT.groups
     shape = (group.num_layers, 2, 2 * num_blocks, BLOCK, group.num_kv_heads, group.head_dim)
-    cache = torch.full(shape, seed, dtype=torch.bfloat16)
+    cache = torch.full(shape, seed, dtype=torch.bfloat16, device=device)
     order = torch.randperm(2 * num_blocks, generator=torch.Generator().manual_seed(seed))
     return KVMemory(cache, LAYOUT), [BlockId(int(b)) for b in order[:num_blocks]]
 
@@ -135,13 +135,13 @@ class OpenGate:
     def closed(self, epoch: int) -> None: ...
 
 
-def produce(control: Connection, names: list[str], max_tokens: int) -> None:
+def produce(control: Connection, names: list[str], max_tokens: int, device: str) -> None:
     keep_freed_memory()
-    asyncio.run(_produce(control, names, max_tokens))
+    asyncio.run(_produce(control, names, max_tokens, device))
 
 
-async def _produce(control: Connection, names: list[str], max_tokens: int) -> None:
-    memory, block_ids = kv_memory(max_tokens, seed=1)
+async def _produce(control: Connection, names: list[str], max_tokens: int, device: str) -> None:
+    memory, block_ids = kv_memory(max_tokens, seed=1, device=device)
     source = Source(Exporter(memory, OpenGate(block_ids)))
     listener = socket.create_server(("127.0.0.1", 0))
     threading.Thread(target=serve_tcp, args=(listener,), daemon=True).start()
@@ -198,12 +198,13 @@ class Bench:
         mine: dict[str, Transport],
         theirs: dict[str, TransportAddress],
         max_tokens: int,
+        device: str,
     ) -> None:
         self._control = control
         self._tcp = tcp
         self._mine = mine
         self._theirs = theirs
-        self._memory, self._block_ids = kv_memory(max_tokens, seed=2)
+        self._memory, self._block_ids = kv_memory(max_tokens, seed=2, device=device)
         self._target = bytearray(max_tokens * LAYOUT.token_bytes)
         self._source = bytearray(b"\1") * len(self._target)
 
@@ -295,17 +296,20 @@ async def main() -> None:
     parser.add_argument("--sizes", default="1b,1m,16m,64m,256m")
     parser.add_argument("--transports", default="ucx,grpc")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cpu", help="of both KV pools: cpu or cuda")
     arguments = parser.parse_args()
     sizes = [tokens_of(size) for size in arguments.sizes.split(",")]
     names = arguments.transports.split(",")
     spawn = multiprocessing.get_context("spawn")
     control, theirs = spawn.Pipe()
-    child = spawn.Process(target=produce, args=(theirs, names, max(sizes)), daemon=True)
+    child = spawn.Process(
+        target=produce, args=(theirs, names, max(sizes), arguments.device), daemon=True
+    )
     child.start()
     addresses, tcp_address = control.recv()
     with socket.create_connection(tcp_address) as tcp:
         async with transports(names) as mine:
-            bench = Bench(control, tcp, mine, addresses, max(sizes))
+            bench = Bench(control, tcp, mine, addresses, max(sizes), arguments.device)
             for num_tokens in sizes:
                 await bench.run(num_tokens, arguments.repeats)
             bench.close()

@@ -50,7 +50,7 @@ class CudaStaging:
 
     def _wait(self) -> None:
         """Sleep until the stream is done; `synchronize` would spin."""
-        event = torch.cuda.Event(blocking=True)
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(self._stream)
         event.synchronize()
 
