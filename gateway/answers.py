@@ -12,13 +12,12 @@ from baton.errors import InvalidRequest
 from baton.gateway.accounting import RequestRecord
 from baton.gateway.backend import ServedModel
 from baton.gateway.context import Context
+from baton.gateway.fields import RequestFields
 from baton.gateway.generation import Encode, Generation, Job, Usage
-from baton.gateway.openai import ChatCompletionRequest, CompletionRequest
 from baton.gateway.stream import GenerationResponse, Shape, Streaming
 from baton.hashing import join_salt
 from baton.types import SamplingParams
 
-Body = CompletionRequest | ChatCompletionRequest
 FINGERPRINT = f"baton-{baton.__version__}"
 _UNSAFE_ID_CHARS = re.compile(r"[^A-Za-z0-9._:-]")
 # Fields of vLLM's answers that have no meaning here; whole answers carry them as nulls.
@@ -34,7 +33,7 @@ NO_CHOICE_EXTRAS = {"routed_experts": None, "weight_versions": None}
 def start(
     context: Context,
     request: Request,
-    body: Body,
+    body: RequestFields,
     *,
     endpoint: str,
     id_prefix: str,
@@ -60,6 +59,7 @@ def start(
         salt=join_salt(b"", (body.cache_salt or "").encode()),
         priority=body.priority,
         skip_special_tokens=not body.shows_special_tokens(context.defaults),
+        structured_param=body.structured_param,
         wants_output=body.wants_output,
     )
     record = RequestRecord(
@@ -90,7 +90,7 @@ def check_against_model(sampling: SamplingParams, model: ServedModel, length_fie
 
 
 def respond(
-    context: Context, body: Body, generation: Generation, shape: Shape
+    context: Context, body: RequestFields, generation: Generation, shape: Shape
 ) -> GenerationResponse:
     options = body.stream_options
     streaming = Streaming(

@@ -12,7 +12,15 @@ from starlette.requests import ClientDisconnect
 
 import baton
 from baton.errors import BatonError, Cause
-from baton.gateway import chat, cluster, completions, models
+from baton.gateway import (
+    chat,
+    cluster,
+    completions,
+    invocations,
+    models,
+    token_io,
+    tokenization,
+)
 from baton.gateway.accounting import outcome_of
 from baton.gateway.body import json_route
 from baton.gateway.context import Context
@@ -47,6 +55,9 @@ def create_app(context: Context, lifespan: Lifespan = _nothing) -> FastAPI:
     route_class = json_route(context.limits, _refusal_counter(context))
     app.include_router(completions.completions_router(context, route_class))
     app.include_router(chat.chat_router(context, route_class))
+    app.include_router(invocations.invocations_router(context, route_class))
+    app.include_router(tokenization.tokenization_router(context, route_class))
+    app.include_router(token_io.token_io_router(context, route_class))
     app.include_router(models.models_router(context))
     app.include_router(cluster.cluster_router(context))
     _add_probes(app, context)
@@ -91,6 +102,11 @@ def _add_probes(app: FastAPI, context: Context) -> None:
 
     app.get("/health", tags=["Operations"], response_class=Response)(health)
     app.api_route("/ping", methods=["GET", "POST"], include_in_schema=False)(health)
+
+    @app.get("/load", tags=["Operations"])
+    async def load() -> dict[str, int]:
+        """Answers that are under way."""
+        return {"server_load": len(context.inflight)}
 
     @app.get("/version", tags=["Operations"])
     async def version() -> dict[str, str]:

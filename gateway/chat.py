@@ -32,14 +32,25 @@ def chat_router(context: Context, route_class: type[APIRoute]) -> APIRouter:
 
     @router.post(PATH, response_class=Response)
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
-        return chat(context, body, request, PATH)
+        return answer(context, body, request, PATH)
 
     return router
 
 
-def chat(
+def answer(
     context: Context, body: ChatCompletionRequest, request: Request, endpoint: str
 ) -> Response:
+    """
+    Raises:
+        BatonError: refused.
+    """
+    generation = begin(context, body, request, endpoint)
+    return respond(context, body, generation, ChatShape(context, body, generation))
+
+
+def begin(
+    context: Context, body: ChatCompletionRequest, request: Request, endpoint: str
+) -> Generation:
     """
     Raises:
         BatonError: refused.
@@ -50,7 +61,7 @@ def chat(
         length = model.max_model_len
         return [await render_prompt(context, body, max_model_len=length, truncation=truncation)]
 
-    generation = start(
+    return start(
         context,
         request,
         body,
@@ -59,7 +70,6 @@ def chat(
         prompt_param="messages",
         encode=encode,
     )
-    return respond(context, body, generation, ChatShape(context, body, generation))
 
 
 class ChatShape:

@@ -24,7 +24,7 @@ class ChatFields(Fields):
     continue_final_message: Bool = False
     add_special_tokens: Bool = False
     chat_template_kwargs: dict[str, Any] = Field({})
-    documents: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = Field(None, max_length=_MAX_MESSAGES)
     reasoning_effort: Text | None = None
 
     def check_template(self) -> None:

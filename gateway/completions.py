@@ -32,14 +32,21 @@ def completions_router(context: Context, route_class: type[APIRoute]) -> APIRout
 
     @router.post(PATH, response_class=Response)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
-        return complete(context, body, request, PATH)
+        return answer(context, body, request, PATH)
 
     return router
 
 
-def complete(
-    context: Context, body: CompletionRequest, request: Request, endpoint: str
-) -> Response:
+def answer(context: Context, body: CompletionRequest, request: Request, endpoint: str) -> Response:
+    """
+    Raises:
+        BatonError: refused.
+    """
+    generation = begin(context, body, request, endpoint)
+    return respond(context, body, generation, CompletionShape(context, body, generation))
+
+
+def begin(context: Context, body: CompletionRequest, request: Request, endpoint: str) -> Generation:
     """
     Raises:
         BatonError: refused.
@@ -58,7 +65,7 @@ def complete(
             truncation=Truncation.to_fit(body, model.max_model_len),
         )
 
-    generation = start(
+    return start(
         context,
         request,
         body,
@@ -67,7 +74,6 @@ def complete(
         prompt_param="prompt",
         encode=encode,
     )
-    return respond(context, body, generation, CompletionShape(context, body, generation))
 
 
 class CompletionShape:

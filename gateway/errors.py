@@ -120,9 +120,10 @@ def _from_baton_error(error: BatonError, request_id: str) -> ApiError:
 
 
 def _from_validation(errors: Sequence[Any]) -> ApiError:
-    """The first fault by name; the others are counted. Input is not repeated."""
+    """The first fault by name; the others are counted. Input is not repeated, keys included."""
     first = errors[0]
-    where = [str(part) for part in first["loc"] if part != "body"]
+    path = [part for part in first["loc"] if part != "body"]
+    where = [str(part) for part in path if part in path[:1] or isinstance(part, int)]
     message = f"{'.'.join(where) or 'body'}: {first['msg']}"
     if len(errors) > 1:
         message += f" (and {len(errors) - 1} more)"

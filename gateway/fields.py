@@ -21,9 +21,12 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from baton.errors import Cause, InvalidRequest
+from baton.gateway.defaults import SamplingDefaults
+from baton.types import SamplingParams
 
 _INT64 = 2**63
 _MAX_STOP_STRINGS = 4
+_MAX_REQUEST_ID_CHARS = 256
 
 
 def _number(value: object) -> object:
@@ -51,8 +54,10 @@ Float = Annotated[float, BeforeValidator(_number)]
 Bool = StrictBool
 Text = StrictStr
 NonEmpty = Annotated[StrictStr, Field(min_length=1)]
-TokenId = Annotated[Int, Field(ge=0)]
-TokenIds = list[TokenId]
+# No Python per item, and no list of a million errors.
+TokenIds = Annotated[
+    list[Annotated[int, Field(strict=True, ge=0, lt=2**32)]], Field(fail_fast=True)
+]
 
 _STOP = {"type": "string", "minLength": 1}
 StopStrings = Annotated[
@@ -120,3 +125,66 @@ class Fields(BaseModel):
 class StreamOptions(Fields):
     include_usage: Bool = False
     continuous_usage_stats: Bool = False
+
+
+class RequestFields(Fields):
+    """What every request for tokens says besides what it wants to know."""
+
+    model: Text | None = None
+    stream: Bool = False
+    stream_options: StreamOptions | None = None
+    stream_interval: Annotated[Int, Field(ge=1)] | None = Field(
+        None, description="Tokens in one chunk; never less than the server's."
+    )
+    cache_salt: Text | None = Field(None, pattern=r"^[^@/\\\x00]{1,128}$")
+    priority: Int = 0
+    request_id: Text | None = Field(
+        None, max_length=_MAX_REQUEST_ID_CHARS, description="Becomes part of the answer's id."
+    )
+    session_id: Text | None = Field(None, description="Accepted and ignored.")
+    user: Text | None = Field(None, description="Accepted and ignored.")
+
+    @property
+    def length_field(self) -> str:
+        """The field that limits the output."""
+        return "max_tokens"
+
+    @property
+    def wants_output(self) -> bool:
+        """False: the prompt alone is of interest."""
+        return True
+
+    @property
+    def structured_param(self) -> str:
+        """The field that says what the output has to look like."""
+        return "structured_outputs"
+
+    @property
+    def include_usage(self) -> bool:
+        """A stream ends with a chunk of usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def check(self) -> None:
+        """Rules between fields.
+
+        Raises:
+            InvalidRequest
+        """
+        options = self.stream_options
+        if options is not None and not self.stream:
+            raise InvalidRequest("stream_options needs stream=true.", "stream_options")
+        if options is not None and options.continuous_usage_stats and not options.include_usage:
+            raise InvalidRequest(
+                "continuous_usage_stats needs include_usage=true.", "stream_options"
+            )
+
+    def params(self, defaults: SamplingDefaults) -> SamplingParams:
+        """How to sample; `defaults` stand for what is left out.
+
+        Raises:
+            InvalidRequest: a value is out of range.
+        """
+        raise NotImplementedError
+
+    def shows_special_tokens(self, defaults: SamplingDefaults) -> bool:
+        raise NotImplementedError

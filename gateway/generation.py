@@ -100,18 +100,11 @@ class Generation:
         Raises:
             BatonError: the job cannot be served, or failed.
         """
-        prompts = await self.job.encode(self.job.model)
-        sampling = await self._resolved(self.job.sampling)
-        requests = [
-            self._request(number, prompt, self._fit(prompt.token_ids, sampling))
-            for number, prompt in enumerate(prompts)
-        ]
-        self._check_budget(requests)
+        requests = await self.prepare()
         if self.aborted or self._failure is not None:
             self._raise_failure()
             return
-        self.prompts = prompts
-        self.record.opened(sum(len(prompt.token_ids) for prompt in prompts))
+        self.record.opened(sum(len(prompt.token_ids) for prompt in self.prompts))
         if not self.job.wants_output:
             for index in range(len(requests) * self.job.sampling.n):
                 yield Delta(index, "", (), (), True, "length")
@@ -132,6 +125,21 @@ class Generation:
         self._raise_failure()
         if not self.aborted and not all(choice.finished for choice in self._choices):
             raise BatonError(Cause.INTERNAL, "a stream ended before its choices did")
+
+    async def prepare(self) -> Sequence[Request]:
+        """What workers are to be asked, one for each prompt.
+
+        Raises:
+            BatonError: the job cannot be served.
+        """
+        self.prompts = await self.job.encode(self.job.model)
+        sampling = await self._resolved(self.job.sampling)
+        requests = [
+            self._request(number, prompt, self._fit(prompt.token_ids, sampling))
+            for number, prompt in enumerate(self.prompts)
+        ]
+        self._check_budget(requests)
+        return requests
 
     def _raise_failure(self) -> None:
         if self._failure is not None and not self.aborted:

@@ -19,7 +19,9 @@ from baton.errors import BatonError, Cause
 from baton.gateway.errors import api_error
 
 # Probes and scrapers have no key; these say nothing about requests.
-OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/metrics", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset(
+    {"/health", "/ping", "/version", "/load", "/metrics", "/docs", "/openapi.json"}
+)
 _UNSAFE_ID_CHARS = re.compile(r"[^A-Za-z0-9._:-]")
 _MAX_ID_CHARS = 128
 

@@ -2,21 +2,19 @@
 type; `check` has those between fields; what the model decides is checked with its prompt."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from baton.errors import InvalidRequest
 from baton.gateway.chat_fields import ChatFields
 from baton.gateway.defaults import SamplingDefaults
-from baton.gateway.fields import Bool, Int, Prompts, StreamOptions, Text
+from baton.gateway.fields import Bool, Int, Prompts, RequestFields
 from baton.gateway.sampling_fields import SamplingFields
 from baton.types import SamplingParams
 
-_MAX_REQUEST_ID_CHARS = 256
 
-
-class GenerationBody(SamplingFields):
+class GenerationBody(SamplingFields, RequestFields):
     """What both endpoints share."""
 
     refused: ClassVar[Mapping[str, tuple[object, ...]]] = {
@@ -27,12 +25,6 @@ class GenerationBody(SamplingFields):
         "routed_experts_prompt_start": (0,),
     }
 
-    model: Text | None = None
-    stream: Bool = False
-    stream_options: StreamOptions | None = None
-    stream_interval: Annotated[Int, Field(ge=1)] | None = Field(
-        None, description="Tokens in one chunk; never less than the server's."
-    )
     max_tokens: Int | None = None
     truncate_prompt_tokens: Int | None = Field(
         None, description="Keep so many tokens of the prompt; -1 = as many as fit."
@@ -40,42 +32,6 @@ class GenerationBody(SamplingFields):
     truncation_side: Literal["left", "right"] = Field("left", description="Where tokens go.")
     return_token_ids: Bool = False
     return_tokens_as_token_ids: Bool | None = None
-    cache_salt: Text | None = Field(None, pattern=r"^[^@/\\\x00]{1,128}$")
-    priority: Int = 0
-    request_id: Text | None = Field(
-        None, max_length=_MAX_REQUEST_ID_CHARS, description="Becomes part of the answer's id."
-    )
-    session_id: Text | None = Field(None, description="Accepted and ignored.")
-    user: Text | None = Field(None, description="Accepted and ignored.")
-
-    @property
-    def length_field(self) -> str:
-        """The field that limits the output."""
-        return "max_tokens"
-
-    @property
-    def wants_output(self) -> bool:
-        """False: the prompt alone is of interest."""
-        return True
-
-    @property
-    def include_usage(self) -> bool:
-        """A stream ends with a chunk of usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
-
-    def check(self) -> None:
-        """Rules between fields.
-
-        Raises:
-            InvalidRequest
-        """
-        options = self.stream_options
-        if options is not None and not self.stream:
-            raise InvalidRequest("stream_options needs stream=true.", "stream_options")
-        if options is not None and options.continuous_usage_stats and not options.include_usage:
-            raise InvalidRequest(
-                "continuous_usage_stats needs include_usage=true.", "stream_options"
-            )
 
 
 class CompletionRequest(GenerationBody):
@@ -101,10 +57,6 @@ class CompletionRequest(GenerationBody):
         return not (self.echo and self.max_tokens == 0)
 
     def params(self, defaults: SamplingDefaults) -> SamplingParams:
-        """
-        Raises:
-            InvalidRequest: a value is out of range.
-        """
         max_tokens = self.max_tokens if self.wants_output else 1
         return self.sampling(defaults, max_tokens=max_tokens, logprobs=self.logprobs)
 
@@ -139,10 +91,6 @@ class ChatCompletionRequest(ChatFields, GenerationBody):
             raise InvalidRequest("top_logprobs needs logprobs=true", "top_logprobs")
 
     def params(self, defaults: SamplingDefaults) -> SamplingParams:
-        """
-        Raises:
-            InvalidRequest: a value is out of range.
-        """
         logprobs = self.top_logprobs if self.logprobs else None
         names = {"max_tokens": self.length_field, "logprobs": "top_logprobs"}
         try:

@@ -3,31 +3,46 @@ so OpenAI's where both have the field)."""
 
 import secrets
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from baton.errors import InvalidRequest
 from baton.gateway.defaults import SamplingDefaults
-from baton.gateway.fields import Bool, Fields, Float, Int, StopStrings
-from baton.types import SamplingParams
+from baton.gateway.fields import Bool, Fields, Float, Int, NonEmpty, StopStrings, TokenIds
+from baton.gateway.structured import of_response_format, of_structured_outputs
+from baton.sampling_params import MAX_BAD_WORDS, MAX_LOGIT_BIAS
+from baton.types import RepetitionDetection, SamplingParams, StructuredOutput
 
 _MAX_STOP_TOKEN_IDS = 1024
 _GREEDY_BELOW = 1e-5  # temperature
 _MIN_TEMPERATURE = 0.01  # of sampling; less than this overflows in the softmax
 
 
+_IdKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]  # keys of JSON objects are texts
+
+
+def _not_large(value: object) -> object:
+    """Before its entries are looked at."""
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise PydanticCustomError("too_long", "has too many entries")
+    return value
+
+
+class Repetition(Fields):
+    """A pattern of so many tokens, so many times in a row, ends a choice."""
+
+    max_pattern_size: Int
+    min_pattern_size: Int = 0
+    min_count: Int = 2
+
+
 class SamplingFields(Fields):
     refused: ClassVar[Mapping[str, tuple[object, ...]]] = {
-        "logit_bias": ({},),
-        "allowed_token_ids": (),
-        "bad_words": ([],),
         "prompt_logprobs": (),
         "logprob_token_ids": ([],),
         "use_beam_search": (False,),
-        "response_format": ({"type": "text"},),
-        "structured_outputs": (),
-        "repetition_detection": (),
         "thinking_token_budget": (-1,),
         "watermarking": (),
         "vllm_xargs": ({},),
@@ -43,10 +58,22 @@ class SamplingFields(Fields):
     repetition_penalty: Float | None = None
     seed: Int | None = None
     stop: StopStrings = Field([])
-    stop_token_ids: list[Int] = Field([], max_length=_MAX_STOP_TOKEN_IDS)
+    stop_token_ids: TokenIds = Field([], max_length=_MAX_STOP_TOKEN_IDS)
     include_stop_str_in_output: Bool = False
     ignore_eos: Bool = False
     min_tokens: Int = 0
+    logit_bias: Annotated[dict[_IdKey, Float], BeforeValidator(_not_large)] = Field(
+        {}, description="Token id → added to its logit."
+    )
+    bad_words: list[NonEmpty] = Field([], max_length=MAX_BAD_WORDS)
+    response_format: dict[str, Any] | None = Field(
+        None, description="text, json_object, json_schema or structural_tag"
+    )
+    structured_outputs: dict[str, Any] | None = Field(
+        None, description="One of json, regex, choice, grammar, json_object, structural_tag."
+    )
+    allowed_token_ids: TokenIds | None = Field(None, min_length=1)
+    repetition_detection: Repetition | None = None
     skip_special_tokens: Bool | None = None
     spaces_between_special_tokens: Bool = Field(
         True, description="No supported tokenizer puts spaces there, so both values do the same."
@@ -60,6 +87,7 @@ class SamplingFields(Fields):
         Raises:
             InvalidRequest: a value is out of range.
         """
+        repetition = self.repetition_detection
         return SamplingParams(
             n=self.n,
             temperature=self._temperature(defaults),
@@ -77,7 +105,31 @@ class SamplingFields(Fields):
             stop_token_ids=self._stop_token_ids(defaults),
             include_stop_str_in_output=self.include_stop_str_in_output,
             logprobs=logprobs,
+            bad_words=tuple(self.bad_words),
+            structured_outputs=self._structured(),
+            logit_bias=tuple((int(key), value) for key, value in self.logit_bias.items()),
+            allowed_token_ids=None
+            if self.allowed_token_ids is None
+            else tuple(self.allowed_token_ids),
+            repetition_detection=None
+            if repetition is None
+            else RepetitionDetection(**dict(repetition)),
         )
+
+    @property
+    def structured_param(self) -> str:
+        """The field that says what the output has to look like."""
+        return "structured_outputs" if self.response_format is None else "response_format"
+
+    def _structured(self) -> StructuredOutput | None:
+        form = None if self.response_format is None else of_response_format(self.response_format)
+        if self.structured_outputs is None:
+            return form
+        if form is not None:
+            raise InvalidRequest(
+                "response_format and structured_outputs exclude each other", "structured_outputs"
+            )
+        return of_structured_outputs(self.structured_outputs)
 
     def shows_special_tokens(self, defaults: SamplingDefaults) -> bool:
         skip = self.skip_special_tokens

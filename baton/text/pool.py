@@ -36,6 +36,12 @@ class TokenizerPool:
             lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         )
 
+    async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """`Tokenizer.decode`; raises as `encode`."""
+        return await self._run(
+            lambda: self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        )
+
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """`Tokenizer.encode_chat`.
 

@@ -10,7 +10,14 @@ import pytest
 from baton.gateway.backend import ServedModel
 from baton.hashing import join_salt
 from baton.text import Tokenizer
-from baton.types import FinishReason, Request, TokenChunk
+from baton.types import (
+    FinishReason,
+    RepetitionDetection,
+    Request,
+    StructuredKind,
+    StructuredOutput,
+    TokenChunk,
+)
 from tests.gateway.fakes import FakeBackend, Step, chunks
 
 URL = "/v1/completions"
@@ -291,9 +298,17 @@ async def test_sampling_fields_reach_the_workers(
         "ignore_eos": True,
         "max_tokens": 9,
     }
+    others: dict[str, Any] = {
+        "logit_bias": {"7": 101, "5": -1},
+        "allowed_token_ids": [5, 7],
+        "repetition_detection": {"max_pattern_size": 4, "min_count": 3},
+        "bad_words": ["no"],
+        "structured_outputs": {"choice": ["yes", "no"]},
+    }
     body = {
         "prompt": [1],
         **fields,
+        **others,
         "stop_token_ids": [3, 4],
         "stop": "x",
         "cache_salt": "s1",
@@ -305,6 +320,14 @@ async def test_sampling_fields_reach_the_workers(
     for name, value in fields.items():
         assert getattr(request.sampling, name) == value, name
     assert request.sampling.stop_token_ids == (3, 4)
+    assert request.sampling.logit_bias == ((5, -1.0), (7, 100.0))
+    assert request.sampling.bad_words == ("no",)
+    assert request.sampling.bad_words_token_ids
+    assert request.sampling.structured_outputs == StructuredOutput(
+        StructuredKind.CHOICE, '["yes", "no"]'
+    )
+    assert request.sampling.allowed_token_ids == (5, 7)
+    assert request.sampling.repetition_detection == RepetitionDetection(4, min_count=3)
     assert request.sampling.stop == ("x",)
     assert request.salt == join_salt(b"", b"s1")
     assert request.priority == -3

@@ -1,0 +1,44 @@
+"""POST /invocations: SageMaker's one door, behind which a body's shape says what it is."""
+
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError, WithJsonSchema
+
+from baton.errors import InvalidRequest
+from baton.gateway import chat, completions
+from baton.gateway.context import Context
+from baton.gateway.openai import ChatCompletionRequest, CompletionRequest
+
+PATH = "/invocations"
+_SCHEMA = {
+    "anyOf": [
+        {"$ref": f"#/components/schemas/{body.__name__}"}
+        for body in (CompletionRequest, ChatCompletionRequest)
+    ]
+}
+Invocation = Annotated[dict[str, Any], WithJsonSchema(_SCHEMA)]
+Parsed = TypeVar("Parsed", bound=BaseModel)
+
+
+def invocations_router(context: Context, route_class: type[APIRoute]) -> APIRouter:
+    router = APIRouter(route_class=route_class, tags=["SageMaker"])
+
+    @router.post(PATH, response_class=Response)
+    async def invoke(body: Invocation, request: Request) -> Response:
+        if body.get("messages") is not None:
+            return chat.answer(context, _parse(ChatCompletionRequest, body), request, PATH)
+        if body.get("prompt") is not None:
+            return completions.answer(context, _parse(CompletionRequest, body), request, PATH)
+        raise InvalidRequest("The body needs a prompt, or messages.")
+
+    return router
+
+
+def _parse(kind: type[Parsed], body: dict[str, Any]) -> Parsed:
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from None
