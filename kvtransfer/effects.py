@@ -6,6 +6,7 @@
 from dataclasses import dataclass
 
 from baton.errors import Cause
+from baton.kvtransfer.progress import KVReady
 from baton.types import BlockId, KVTicket, LegId, TokenChunk, TransportAddress
 
 # ── of a lease (the side that computed the KV) ───────────────────────────────────────────────────
@@ -61,7 +62,7 @@ class AttachGranted:
     leg: LegId
     block_ids: tuple[BlockId, ...]  # cover prompt tokens [0, num_tokens) in order
     num_tokens: int
-    num_ready_tokens: int
+    ready: KVReady
     first_tokens: tuple[TokenChunk, ...] | None
 
 
@@ -74,10 +75,10 @@ class AttachRefused:
 
 @dataclass(frozen=True, slots=True)
 class AttachmentReady:
-    """To open readers: the KV of prompt tokens [0, num_ready_tokens) is in the blocks."""
+    """To open readers: so much of the prompt's KV is in the blocks now."""
 
     epochs: tuple[int, ...]
-    num_ready_tokens: int
+    ready: KVReady
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from baton.errors import BatonError, Cause
 from baton.kvtransfer.base import Buffers, FetchOpen, Staging
 from baton.kvtransfer.frames import HEADER_BYTES, FrameWriter
 from baton.kvtransfer.memory import KVMemory
+from baton.kvtransfer.progress import KVReady, ReadCursor
 from baton.types import BlockId, KVRange
 
 FRAME_BYTES = 1 << 20
@@ -30,26 +31,27 @@ class ExportFeed:
         self,
         epoch: int,
         block_ids: Sequence[BlockId],
-        num_ready_tokens: int,
+        ready: KVReady,
         end_payload: bytes | None = None,
     ) -> None:
         """
         Args:
             block_ids: cover the lease's tokens from 0 on, in order.
-            num_ready_tokens: the KV of tokens [0, num_ready_tokens) is in the blocks.
+            ready: so much KV is in the blocks.
             end_payload: of the end frame; None until the prefill has sampled.
         """
         self.epoch = epoch
         self.block_ids = block_ids
-        self.num_ready_tokens = num_ready_tokens
+        self.ready = ready
         self.end_payload = end_payload
         self.error: BatonError | None = None
         self._changed = asyncio.Event()
 
-    def ready(self, num_ready_tokens: int) -> None:
+    def advance(self, ready: KVReady) -> None:
         """The prefill has come so far; going back is ignored."""
-        self.num_ready_tokens = max(self.num_ready_tokens, num_ready_tokens)
-        self._notify()
+        if ready.is_beyond(self.ready):
+            self.ready = ready
+            self._notify()
 
     def end(self, payload: bytes) -> None:
         """The prefill is complete: the payload of the end frame."""
@@ -61,16 +63,18 @@ class ExportFeed:
         self.error = self.error or error
         self._notify()
 
-    async def ready_beyond(self, num_tokens: int) -> int:
-        """num_ready_tokens as soon as it exceeds `num_tokens`.
+    async def next_span(self, cursor: ReadCursor) -> KVRange:
+        """What `cursor` has not taken yet, as soon as there is something.
 
         Raises:
             BatonError: the feed was cut.
         """
-        while self.num_ready_tokens <= num_tokens or self.error:
+        while True:
             self.raise_if_cut()
+            span = cursor.next_span(self.ready)
+            if span is not None:
+                return span
             await self._changed.wait()
-        return self.num_ready_tokens
 
     async def ended(self) -> bytes:
         """The end payload, as soon as there is one.
@@ -162,27 +166,23 @@ class ExportAttachment:
         self._reading = asyncio.Lock()
         self._is_closed = False
         self.epoch = feed.epoch
-        self.num_ready_tokens = feed.num_ready_tokens
+        self.num_ready_tokens = feed.ready.num_tokens
 
     async def frames(self, staging: Staging) -> AsyncGenerator[Buffers, None]:
-        where = self._where
-        sent = where.token_start
-        while sent < where.token_stop:
-            ready = min(await self._feed.ready_beyond(sent), where.token_stop)
-            span = replace(where, token_start=sent, token_stop=ready)
-            parts = self._next_parts(span)
+        cursor = ReadCursor(self._where)
+        while not cursor.is_complete:
+            parts = self._next_parts(await self._feed.next_span(cursor))
             while parts:
                 num_frames = await staging.take(min(len(parts), _MAX_FRAMES))
                 now, parts = parts[:num_frames], parts[num_frames:]
                 for part, frame in zip(now, await self._read(now, staging), strict=True):
                     self._feed.raise_if_cut()
                     yield frame
-                    if part.layer_stop == where.layer_stop:
-                        sent = part.token_stop
-                        self._gate.progress(self.epoch, sent)
+                    cursor.took(part)
+                    self._gate.progress(self.epoch, cursor.num_tokens)
         payload = await self._feed.ended()
         await staging.take(1)
-        yield self._writer.end(where, payload)
+        yield self._writer.end(self._where, payload)
 
     def _next_parts(self, span: KVRange) -> list[KVRange]:
         """Of some whole runs of tokens out of `span`, as many as are packed at a time or a run
@@ -223,7 +223,8 @@ class ExportAttachment:
 
 
 def next_parts(span: KVRange, block_size: int, num_bytes: int, frame_bytes: int) -> list[KVRange]:
-    """The next frames' ranges out of `span`, which is ready: one run of tokens, all its layers.
+    """The next frames' ranges out of `span`, which is ready: one run of tokens, all layers of the
+    span.
 
     As many whole blocks as fit in a frame with all layers; if not even one does, one block split by
     layers; if not even one layer of a block does, fewer tokens. Always at least one token of one

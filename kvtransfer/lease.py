@@ -28,7 +28,8 @@ from baton.kvtransfer.effects import (
     QuiesceLease,
     RetainLease,
 )
-from baton.types import BlockId, KVTicket, LegId, TokenChunk
+from baton.kvtransfer.progress import KVReady
+from baton.types import BlockId, KVRange, KVTicket, LegId, TokenChunk
 
 # What `LeaseTable.counts` counts. `reattached`: KV that somebody else had begun to read before.
 COUNTS = (
@@ -59,7 +60,7 @@ class _Lease:
     leg: LegId
     ticket: KVTicket
     block_ids: tuple[BlockId, ...]
-    num_ready_tokens: int
+    ready: KVReady
     state: LeaseState = LeaseState.PINNED
     first_tokens: tuple[TokenChunk, ...] | None = None
     was_read: bool = False
@@ -73,7 +74,7 @@ class _Lease:
 
     def owes_reader(self, attachment: _Attachment) -> bool:
         """Is there something that the consumer could take or confirm now?"""
-        if attachment.num_sent_tokens < self.num_ready_tokens:
+        if attachment.num_sent_tokens < self.ready.num_tokens:
             return True
         return self.first_tokens is not None and not attachment.is_done
 
@@ -126,20 +127,32 @@ class LeaseTable:
         """Every prompt block is reserved."""
         assert leg not in self._leases
         assert ticket.transfer_id not in self._by_transfer
-        lease = _Lease(leg, ticket, block_ids, num_ready_tokens)
+        lease = _Lease(leg, ticket, block_ids, KVReady(num_ready_tokens))
         self._leases[leg] = self._by_transfer[ticket.transfer_id] = lease
         self.counts["opened"] += 1
         self._pinned_blocks.update(block_ids)
 
     def ready(self, leg: LegId, num_ready_tokens: int, now_ms: int) -> list[LeaseEffect]:
-        """The prefill has come so far."""
+        """The prefill has come so far, in all layers."""
         lease = self._leases.get(leg)
-        if lease is None or num_ready_tokens <= lease.num_ready_tokens:
+        return [] if lease is None else self._ready(lease, KVReady(num_ready_tokens), now_ms)
+
+    def layers_ready(self, leg: LegId, where: KVRange, now_ms: int) -> list[LeaseEffect]:
+        """The step that computes the tokens of `where` is through with its layers, from the first
+        on. What does not follow on what is known to be ready is ignored."""
+        lease = self._leases.get(leg)
+        if lease is None or where.layer_start > 0 or where.token_start > lease.ready.num_tokens:
+            return []
+        ready = KVReady(lease.ready.num_tokens, where.token_stop, where.layer_stop)
+        return self._ready(lease, ready, now_ms)
+
+    def _ready(self, lease: _Lease, ready: KVReady, now_ms: int) -> list[LeaseEffect]:
+        if not ready.is_beyond(lease.ready):
             return []
         self._restart_clocks(lease, now_ms)
-        lease.num_ready_tokens = num_ready_tokens
+        lease.ready = ready
         epochs = lease.open_epochs()
-        return [AttachmentReady(epochs, num_ready_tokens)] if epochs else []
+        return [AttachmentReady(epochs, ready)] if epochs else []
 
     def sampled(
         self, leg: LegId, first_tokens: tuple[TokenChunk, ...], now_ms: int
@@ -316,7 +329,7 @@ class LeaseTable:
             lease.leg,
             lease.block_ids,
             lease.ticket.num_tokens,
-            lease.num_ready_tokens,
+            lease.ready,
             lease.first_tokens,
         )
 

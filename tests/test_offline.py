@@ -20,11 +20,11 @@ class FailingRunner(NullRunner):
     fail_at = 10**9
     num_steps = 0
 
-    def run(self, batch):  # type: ignore[no-untyped-def]
+    def run(self, batch, on_layers=None):  # type: ignore[no-untyped-def]
         self.num_steps += 1
         if self.num_steps == self.fail_at:
             raise RuntimeError("a broken kernel")
-        return super().run(batch)
+        return super().run(batch, on_layers)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The scheduler's order to the runner, and the runner's answer."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
@@ -71,10 +72,22 @@ class Sampled:
     logprobs: Logprobs | None = None
 
 
+OnLayers = Callable[[int], None]
+
+
 class Runner(Protocol):
     """Computes a batch: writes KV, samples. Raises on a fault that fails the whole step."""
 
-    def run(self, batch: Batch) -> dict[int, tuple[Sampled, ...]]:
+    def run(
+        self, batch: Batch, on_layers: OnLayers | None = None
+    ) -> dict[int, tuple[Sampled, ...]]:
         """row_id → one Sampled per entry of the row's `samples`, in order; rows without samples are
-        absent, unless what they computed is not finite: then they have one Sampled(NOT_FINITE)."""
+        absent, unless what they computed is not finite: then they have one Sampled(NOT_FINITE).
+
+        Only the runner knows when KV that it computes may be read, so it says so, at its leisure:
+        `on_layers(n)` promises that the new KV of every row is in the pool, finite, in the layers
+        [0, n), and that nothing of it changes before `run` returns. From any thread, n ascending,
+        never after `run`; it does not block. A layer that is on its way (a kernel that was
+        launched, not finished) is not there. Saying nothing is always right.
+        """
         ...

@@ -38,8 +38,8 @@ class AddDecode:
     """Pin this worker's own prefix hit, reserve the rest of the prompt and one growth block per
     open choice. The KV of the first `num_tokens` of `Request.shared_token_ids` will be written.
 
-    Answered at once (at the end of the step in which it is applied) by KVReserved, LegRefused (no
-    room now) or LegFailed (can never fit).
+    Answered before the next step is computed by KVReserved, LegRefused (no room now) or LegFailed
+    (can never fit).
     """
 
     leg: LegId

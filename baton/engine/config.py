@@ -23,7 +23,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     eos_token_ids: tuple[int, ...] = ()
     vocab_size: int = 2**31  # ids at or above it are refused at the door
-    num_layers: int = 1  # what `on_kv_ready` reports as the layer range
+    num_layers: int = 1  # of the model; see `EngineCore.on_kv_ready`
     fingerprint: bytes = b""  # roots the prefix hashes
     role: Role = Role.BOTH  # goes into snapshots; the worker replaces it when its role changes
     scheduling_policy: Literal["fcfs", "deadline"] = "fcfs"  # within one priority

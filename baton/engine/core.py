@@ -1,4 +1,4 @@
-"""The engine: commands in, one StepOutput per step out; a step is schedule → run → apply.
+"""The engine: commands in, StepOutputs out; a step is schedule → run → apply.
 
     Intake     applies commands            Legs       every leg on this worker
     Scheduler  puts a batch together       BlockPool  who owns which block
@@ -11,8 +11,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
-from baton.engine.batch import NOT_FINITE, Runner, Sampled
+from baton.engine.batch import NOT_FINITE, OnLayers, Runner, Sampled
 from baton.engine.block_pool import BlockPool
 from baton.engine.commands import Command
 from baton.engine.config import EngineConfig
@@ -20,41 +21,50 @@ from baton.engine.events import StepOutput
 from baton.engine.intake import Intake
 from baton.engine.legs import Legs
 from baton.engine.outcome import Outcome
-from baton.engine.report import OnKVReady, Report
+from baton.engine.report import Report
 from baton.engine.scheduler import Scheduler
-from baton.engine.sequence import SequenceStatus
+from baton.engine.sequence import LegKind, SequenceStatus
 from baton.engine.step import Step
-from baton.types import BlockId, StepTiming, WorkerSnapshot
+from baton.types import BlockId, KVRange, LegId, StepTiming, WorkerSnapshot
 
 log = logging.getLogger(__name__)
+
+OnKVReady = Callable[[LegId, KVRange], None]
 
 
 class EngineCore:
     """One engine over one runner's KV pool.
 
-    `on_kv_ready(leg, range)` is called inside `step` when KV of an AddPrefill leg is new in the
-    pool, possibly before the StepOutput that tells of the leg's admission. It must not block.
-    `clock` returns seconds that never go back.
+    A step is `begin` and `compute`, or `step` for those who need no word before it is computed.
+
+    `on_kv_ready(leg, range)`, if set, is called inside `compute` as layers become ready: the KV of
+    an AddPrefill leg's tokens that this step computes, in the layers [0, layer_stop), is in the
+    pool and stays as it is. Each call covers the ones before it. The last layer is not told here
+    but by PrefillProgress: a token is whole only when its step has ended well. It comes from the
+    runner's threads, and must not block. `clock` returns seconds that never go back.
     """
+
+    on_kv_ready: OnKVReady | None = None
 
     def __init__(
         self,
         config: EngineConfig,
         runner: Runner,
         *,
-        on_kv_ready: OnKVReady | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
         self.pool = BlockPool(config.num_blocks, config.block_size, config.enable_prefix_caching)
         self._runner = runner
         self._clock = clock
-        self._report = Report(config, on_kv_ready)
+        self._report = Report(config)
         self._scheduler = Scheduler(config, self.pool, self._report)
         self._legs = Legs(config, self.pool, self._scheduler, self._report, clock)
         self._intake = Intake(config, self.pool, self._scheduler, self._legs, self._report)
         self._outcome = Outcome(self._scheduler, self._legs, self._report)
+        self._step, self._started = Step(0), 0.0  # the present one
         self._is_touched = False  # a command was applied since the last output
+        self._is_quiet = True  # nothing has happened in the present step
         self._is_stalled = True  # nothing can be scheduled before the next command
 
     @property
@@ -71,19 +81,36 @@ class EngineCore:
 
     def step(self) -> StepOutput | None:
         """Compute once, and tell what happened since the previous output; None if nothing did."""
-        started = self._clock()
-        step = self._scheduler.schedule()
+        self._schedule()
+        return self.compute()
+
+    def begin(self) -> StepOutput | None:
+        """Put the next step together. What is known before it is computed (who has got blocks, who
+        was refused) is told at once, so that nobody waits a step for it; mostly that is nothing.
+        `compute` follows, with no command applied in between."""
+        self._schedule()
+        return self._output(None) if self._report else None
+
+    def _schedule(self) -> None:
+        self._started = self._clock()
+        self._step = self._scheduler.schedule()
         self._legs.collect_evicted()
+        self._is_quiet = not (self._step.rows or self._report)
+
+    def compute(self) -> StepOutput | None:
+        """Run what `begin` put together, and tell what happened since; None if nothing did."""
+        step = self._step
         sampled = self._run(step) if step.rows else {}
         if sampled is not None:
             self._outcome.apply(step, sampled)
-        duration_ms = (self._clock() - started) * 1000
+        duration_ms = (self._clock() - self._started) * 1000
+        self._is_stalled = self._is_quiet or not self._scheduler.has_sequences
         return self._output(_timing(step, duration_ms) if step.rows else None)
 
     def _run(self, step: Step) -> dict[int, tuple[Sampled, ...]] | None:
         """None when the step failed, and its legs with it."""
         try:
-            sampled = self._runner.run(step.batch())
+            sampled = self._runner.run(step.batch(), self._on_layers(step))
             for row in step.rows:
                 answer = sampled.get(row.row_id, ())
                 is_broken = not row.samples and answer == (Sampled(NOT_FINITE),)
@@ -95,12 +122,22 @@ class EngineCore:
             return None
         return sampled
 
+    def _on_layers(self, step: Step) -> OnLayers | None:
+        """Whom the runner tells of finished layers, if somebody may fetch what it computes."""
+        tell = self.on_kv_ready
+        exported = [
+            (seq.leg.leg_id, row.start, row.num_context_tokens)
+            for seq, row in zip(step.seqs, step.rows, strict=True)
+            if seq.leg.kind is LegKind.PREFILL
+        ]
+        if tell is None or not exported:
+            return None
+        return partial(_tell_layers, tell, exported, self.config.num_layers)
+
     def _output(self, timing: StepTiming | None) -> StepOutput | None:
         events = self._report.take()
         stored, removed = self.pool.cache.take_changes()
-        is_quiet = timing is None and not events
-        self._is_stalled = is_quiet or not self._scheduler.has_sequences
-        if is_quiet and not (self._is_touched or stored or removed):
+        if not (timing or events or stored or removed or self._is_touched):
             return None
         self._is_touched = False
         return StepOutput(events, self.snapshot(), timing, stored, removed)
@@ -141,6 +178,14 @@ class EngineCore:
                 assert seq.num_uncomputed_tokens > 0, "a queued sequence with nothing to run"
         self.pool.check_integrity(owners)
         self._scheduler.check_integrity(queued)
+
+
+def _tell_layers(
+    tell: OnKVReady, exported: list[tuple[LegId, int, int]], num_layers: int, num_ready: int
+) -> None:
+    if 0 < num_ready < num_layers:
+        for leg, start, stop in exported:
+            tell(leg, KVRange(0, num_ready, start, stop))
 
 
 def _timing(step: Step, duration_ms: float) -> StepTiming:

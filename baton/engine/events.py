@@ -1,4 +1,4 @@
-"""What an engine tells its worker: one StepOutput per step, handed over once. Plain data."""
+"""What an engine tells its worker: StepOutputs, each handed over once. Plain data."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class LegAdmitted:
 
 @dataclass(frozen=True, slots=True)
 class PrefillProgress:
-    """The KV of prompt tokens [0, tokens_done) is in the pool (all layers)."""
+    """The KV of prompt tokens [0, tokens_done) is in the pool (all layers), for good."""
 
     leg: LegId
     tokens_done: int
@@ -99,7 +99,8 @@ LegEvent = (
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """Everything that happened since the previous StepOutput.
+    """Everything that happened since the previous StepOutput: one per step, and another before the
+    step is computed when scheduling has something to tell (`timing` is None then).
 
     events: in order; per leg, LegAdmitted precedes PrefillProgress precedes LegTokens.
     stored, removed: prefix hashes (one per HASH_TOKENS tokens) that became reusable / were evicted.

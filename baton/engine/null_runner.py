@@ -1,7 +1,7 @@
 """A runner without a model: an engine, a gateway bench or a simulation at full speed, no torch.
 
-Its KV pool holds one integer per slot: a hash of the token chain up to that position. A sampled
-token is a function of *every* slot value in the row's context, so KV that is missing, stale,
+Its KV pool holds one integer per slot and layer: a hash of the token chain up to that position. A
+sampled token is a function of *every* value in the row's context, so KV that is missing, stale,
 someone else's or in the wrong place becomes a wrong token, which `NullModel.generate`, the oracle
 that knows no blocks, shows.
 """
@@ -9,7 +9,7 @@ that knows no blocks, shows.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from baton.engine.batch import Batch, Sampled, SampleRequest, ScheduledRow
+from baton.engine.batch import Batch, OnLayers, Sampled, SampleRequest, ScheduledRow
 from baton.engine.stopping import check_stop
 from baton.types import BlockId, Logprobs, SamplingParams
 
@@ -81,41 +81,67 @@ class NullModel:
 
 
 class NullRunner:
-    """A `Runner` over a pool of integers."""
+    """A `Runner` over a pool of integers: the chain's in layer 0, the same plus n in layer n."""
 
-    def __init__(self, num_blocks: int, block_size: int, model: NullModel | None = None) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        model: NullModel | None = None,
+        num_layers: int = 1,
+    ) -> None:
         self.model = model or NullModel()
         self.block_size = block_size
+        self.num_layers = num_layers
         self.num_tokens_computed = 0
-        self._slots = [_EMPTY] * (num_blocks * block_size)
+        self._layers = [[_EMPTY] * (num_blocks * block_size) for _ in range(num_layers)]
 
-    def run(self, batch: Batch) -> dict[int, tuple[Sampled, ...]]:
+    def run(
+        self, batch: Batch, on_layers: OnLayers | None = None
+    ) -> dict[int, tuple[Sampled, ...]]:
         size = self.block_size
-        copied = [self._slots[source * size : (source + 1) * size] for source, _ in batch.copies]
-        for (_, target), values in zip(batch.copies, copied, strict=True):
-            self._slots[target * size : (target + 1) * size] = values
-        for row in batch.rows:
-            last = self.export_kv(row.block_ids, row.start - 1, row.start) if row.start else [None]
-            values = self.model.chain(last[0], row.token_ids)
-            self.import_kv(row.block_ids, row.start, values)
+        for slots in self._layers:
+            copied = [slots[source * size : (source + 1) * size] for source, _ in batch.copies]
+            for (_, target), values in zip(batch.copies, copied, strict=True):
+                slots[target * size : (target + 1) * size] = values
+        for layer in range(self.num_layers):
+            for row in batch.rows:
+                self.import_kv(row.block_ids, row.start, self._values(row, layer), layer)
+            if on_layers is not None:
+                on_layers(layer + 1)
         self.num_tokens_computed += batch.num_tokens
         return {row.row_id: self._sample(row) for row in batch.rows if row.samples}
 
+    def _values(self, row: ScheduledRow, layer: int) -> list[int]:
+        """What a row adds to a layer."""
+        last = None
+        if row.start:
+            last = self.export_kv(row.block_ids, row.start - 1, row.start, layer)[0] - layer
+        return [value + layer for value in self.model.chain(last, row.token_ids)]
+
     def _sample(self, row: ScheduledRow) -> tuple[Sampled, ...]:
         context = self.export_kv(row.block_ids, 0, row.num_context_tokens)
+        for layer in range(1, self.num_layers):
+            values = self.export_kv(row.block_ids, 0, row.num_context_tokens, layer)
+            if values != [value + layer for value in context]:
+                context = values  # wrong in this layer: wrong tokens
         return tuple(self.model.sample(context, request) for request in row.samples)
 
-    def export_kv(self, block_ids: Sequence[BlockId], start: int, stop: int) -> list[int]:
+    def export_kv(
+        self, block_ids: Sequence[BlockId], start: int, stop: int, layer: int = 0
+    ) -> list[int]:
         """The "KV" of tokens [start, stop) of a sequence with these blocks."""
         values: list[int] = []
         size = self.block_size
         for index in range(start // size, -(-stop // size)):
             base = block_ids[index] * size
             low, high = max(start - index * size, 0), min(stop - index * size, size)
-            values += self._slots[base + low : base + high]
+            values += self._layers[layer][base + low : base + high]
         return values
 
-    def import_kv(self, block_ids: Sequence[BlockId], start: int, values: Sequence[int]) -> None:
+    def import_kv(
+        self, block_ids: Sequence[BlockId], start: int, values: Sequence[int], layer: int = 0
+    ) -> None:
         """Write the "KV" of tokens [start, start + len(values))."""
         size = self.block_size
         done = 0
@@ -123,5 +149,5 @@ class NullRunner:
             index, offset = divmod(start + done, size)
             num = min(size - offset, len(values) - done)
             base = block_ids[index] * size + offset
-            self._slots[base : base + num] = values[done : done + num]
+            self._layers[layer][base : base + num] = values[done : done + num]
             done += num

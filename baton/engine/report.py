@@ -1,7 +1,5 @@
 """What one step has to tell: events are collected here, in order, by everybody who makes them."""
 
-from collections.abc import Callable
-
 from baton.engine.config import EngineConfig
 from baton.engine.events import (
     KVReserved,
@@ -17,17 +15,14 @@ from baton.engine.events import (
 )
 from baton.engine.sequence import Leg, LegKind, Sequence
 from baton.errors import Cause
-from baton.types import BlockId, FinishReason, KVRange, LegId, Logprobs, TokenChunk
-
-OnKVReady = Callable[[LegId, KVRange], None]
+from baton.types import BlockId, FinishReason, LegId, Logprobs, TokenChunk
 
 
 class Report:
     """The events since the previous StepOutput."""
 
-    def __init__(self, config: EngineConfig, on_kv_ready: OnKVReady | None) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        self._on_kv_ready = on_kv_ready
         self._events: list[LegEvent] = []
 
     def __bool__(self) -> bool:
@@ -82,8 +77,6 @@ class Report:
         if start >= stop or leg.has_emitted or seq.output_token_ids:
             return
         self._events.append(PrefillProgress(leg.leg_id, stop))
-        if leg.kind is LegKind.PREFILL and self._on_kv_ready is not None:
-            self._on_kv_ready(leg.leg_id, KVRange(0, self._config.num_layers, start, stop))
 
     def token(
         self,

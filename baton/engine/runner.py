@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from baton.engine.batch import NOT_FINITE, Batch, Sampled, ScheduledRow
+from baton.engine.batch import NOT_FINITE, Batch, OnLayers, Sampled, ScheduledRow
 from baton.engine.graphs import DecodeGraphs
 from baton.engine.kv_cache import KVCache
-from baton.engine.layers.attention import AttentionBackend
+from baton.engine.layers.attention import AttentionBackend, StepAttention
 from baton.engine.models.decoder import Decoder
 from baton.engine.sampler import Sampler
 from baton.grammar import Grammars
@@ -36,7 +36,7 @@ class ModelInfo:
 class ModelRunner:
     """Implements `baton.engine.batch.Runner`. Made by `baton.engine.loader.load_runner`.
 
-    Touched by one thread only. `kv_cache` is the pool that transports read and write between steps.
+    Touched by one thread only. `kv_cache` is the pool that transports read and write.
     """
 
     def __init__(
@@ -58,7 +58,9 @@ class ModelRunner:
         self._graphs = graphs
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> dict[int, tuple[Sampled, ...]]:
+    def run(
+        self, batch: Batch, on_layers: OnLayers | None = None
+    ) -> dict[int, tuple[Sampled, ...]]:
         """See `baton.engine.batch.Runner`."""
         self.kv_cache.copy_blocks(batch.copies)
         if not batch.rows:
@@ -68,7 +70,7 @@ class ModelRunner:
         rows = sorted(batch.rows, key=lambda row: len(row.token_ids) > 1)
         hidden = self._decode(rows)
         if hidden is None:
-            hidden = self._forward(rows)
+            hidden = self._forward(rows, on_layers)
         is_finite = hidden.sum(dim=1, dtype=torch.float32).isfinite()
         results = self._sample(rows, hidden)
         # Asked last, so that a device has worked through everything when it is waited for.
@@ -137,13 +139,36 @@ class ModelRunner:
             return None
         return self._graphs.run(rows)
 
-    def _forward(self, rows: Sequence[ScheduledRow]) -> Tensor:
+    def _forward(self, rows: Sequence[ScheduledRow], on_layers: OnLayers | None = None) -> Tensor:
         device = self.kv_cache.tensor.device
         token_ids = [token_id for row in rows for token_id in row.token_ids]
         positions = [p for row in rows for p in range(row.start, row.num_context_tokens)]
         inputs = torch.tensor((token_ids, positions)).to(device, non_blocking=True)
         plan = self._attention.plan([_paged(row) for row in rows])
+        if on_layers is not None and device.type == "cpu":
+            plan = announcing(plan, on_layers)
         return self._model.hidden(inputs[0], inputs[1], plan)
+
+
+def announcing(attention: StepAttention, on_layers: OnLayers) -> StepAttention:
+    """The same attention, telling of each layer once its keys and values are stored.
+
+    Only where that has happened by the time a layer's call returns: on a device that works through
+    a stream, whoever tells must have waited for an event behind the store. KV that is not finite is
+    not told of, so that it stays where `_refuse_broken` clears it.
+    """
+    is_finite = True
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        nonlocal is_finite
+        seen = attention(layer, q, k, v)
+        total = k.sum(dtype=torch.float32) + v.sum(dtype=torch.float32)
+        is_finite = is_finite and bool(total.isfinite())
+        if is_finite:
+            on_layers(layer + 1)
+        return seen
+
+    return attend
 
 
 def _paged(row: ScheduledRow) -> PagedRow:

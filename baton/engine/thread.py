@@ -7,7 +7,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
 from baton.engine.commands import AddDecode, AddLocal, AddPrefill, Command
-from baton.engine.core import EngineCore
+from baton.engine.core import EngineCore, OnKVReady
 from baton.engine.events import StepOutput
 from baton.errors import BatonError, Cause
 
@@ -19,7 +19,8 @@ MAX_PENDING_ADDS = 8192  # commands not yet applied, beyond which new legs are r
 class EngineThread:
     """Runs steps while there is work and sleeps on its queue while there is none.
 
-    `on_output` is called on this thread, once per StepOutput; it must not block. A fault of the
+    `on_output` is called on this thread, once per StepOutput; it must not block. Nor must
+    `on_kv_ready`, see `EngineCore`. A fault of the
     engine itself (not of a request, which is contained) ends the thread: `on_failure` is called
     with it, `failure` keeps it, and every later `post` raises.
     """
@@ -29,10 +30,12 @@ class EngineThread:
         core: EngineCore,
         on_output: Callable[[StepOutput], None],
         *,
+        on_kv_ready: OnKVReady | None = None,
         on_failure: Callable[[Exception], None] | None = None,
         name: str = "engine",
     ) -> None:
         self._core = core
+        core.on_kv_ready = on_kv_ready
         self._on_output = on_output
         self._on_failure = on_failure
         self._commands: SimpleQueue[Command | None] = SimpleQueue()  # None = stop
@@ -75,16 +78,20 @@ class EngineThread:
         try:
             while self._apply_commands():
                 self.step_started_at = time.monotonic()
-                output = self._core.step()
+                self._tell(self._core.begin())
+                output = self._core.compute()
                 self.step_started_at = None
-                if output is not None:
-                    self._on_output(output)
+                self._tell(output)
         except Exception as error:
             log.exception("the engine has failed")
             self.failure = error
             self.step_started_at = None
             if self._on_failure is not None:
                 self._on_failure(error)
+
+    def _tell(self, output: StepOutput | None) -> None:
+        if output is not None:
+            self._on_output(output)
 
     def _apply_commands(self) -> bool:
         """Whatever was posted, waiting for it when there is nothing else to do. False: stop."""

@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from baton.config import WorkerConfig
-from baton.engine.batch import Batch, Runner, Sampled
+from baton.engine.batch import Batch, OnLayers, Runner, Sampled
 from baton.engine.thread import EngineThread
 from baton.failpoints import Failpoints
 from baton.latency import LatencyModel
@@ -23,9 +23,11 @@ class FailingRunner:
         self._runner = runner
         self._failpoints = failpoints
 
-    def run(self, batch: Batch) -> dict[int, tuple[Sampled, ...]]:
+    def run(
+        self, batch: Batch, on_layers: OnLayers | None = None
+    ) -> dict[int, tuple[Sampled, ...]]:
         self._failpoints.hit("engine-step")
-        return self._runner.run(batch)
+        return self._runner.run(batch, on_layers)
 
 
 class StepWatch:

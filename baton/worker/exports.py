@@ -102,7 +102,7 @@ class ExportDesk:
 
     def granted(self, grant: AttachGranted) -> None:
         asked = self._asked.pop(grant.key)
-        feed = ExportFeed(grant.epoch, grant.block_ids, grant.num_ready_tokens)
+        feed = ExportFeed(grant.epoch, grant.block_ids, grant.ready)
         opened = self._open[grant.epoch] = _Open(feed, asked.tokens_digest)
         if grant.first_tokens is not None:
             opened.end(grant.first_tokens)
@@ -118,7 +118,7 @@ class ExportDesk:
 
     def ready(self, event: AttachmentReady) -> None:
         for epoch in event.epochs:
-            self._open[epoch].feed.ready(event.num_ready_tokens)
+            self._open[epoch].feed.advance(event.ready)
 
     def sampled(self, event: AttachmentSampled) -> None:
         for epoch in event.epochs:

@@ -11,6 +11,7 @@ monotonic clock.
     a consumer asks for KV / gives up before the answer attach / cancel_attach
     it took frames / verified all / stopped reading     attachment_progress / _done / _closed
     a fetch of ours got a frame / ended / ended early   fetch_progress / fetch_ended / fetch_failed
+    layers of a running step became ready               layers_ready
     about 100 ms passed                                 tick
     the process shall stop / must stop now              drain / hand_over
 
@@ -51,7 +52,15 @@ from baton.messages import (
     StepBatch,
     Submit,
 )
-from baton.types import LegId, Role, TokenChunk, TransferStats, WorkerInfo, WorkerSnapshot
+from baton.types import (
+    KVRange,
+    LegId,
+    Role,
+    TokenChunk,
+    TransferStats,
+    WorkerInfo,
+    WorkerSnapshot,
+)
 from baton.worker.checks import check_request
 from baton.worker.consumer import ConsumerSide
 from baton.worker.effects import CloseSession, Effect, Send, SessionId
@@ -264,6 +273,11 @@ class WorkerMachine:
         for event in output.events:
             self._on_event(event, now_ms)
         return self._flush(output)
+
+    def layers_ready(self, leg: LegId, where: KVRange, now_ms: int) -> list[Effect]:
+        """Of the step that runs: see `EngineCore.on_kv_ready`."""
+        self.producer.layers_ready(leg, where, now_ms)
+        return self._flush()
 
     def engine_refused(self, leg: LegId, error: BatonError, now_ms: int) -> list[Effect]:
         """The engine did not take the command that opens this leg."""

@@ -35,7 +35,7 @@ from baton.kvtransfer.effects import (
 from baton.kvtransfer.lease import LeaseTable
 from baton.kvtransfer.ticket import TicketKeyring, check_fetch, salt_digest
 from baton.messages import Admitted, Failed, LeaseLost, NoRoom, Progress
-from baton.types import KVTicket, LegId, Request, TokenChunk, WorkerInfo
+from baton.types import KVRange, KVTicket, LegId, Request, TokenChunk, WorkerInfo
 from baton.worker.effects import SessionId
 from baton.worker.outbox import Outbox
 from baton.worker.policy import PrefillPredictor, WorkerPolicy
@@ -218,6 +218,10 @@ class ProducerSide:
             record.session, Progress(leg, num_done_tokens, self._predicted_ms_left(leg))
         )
         self._carry_out(self.leases.ready(leg, num_done_tokens, now_ms))
+
+    def layers_ready(self, leg: LegId, where: KVRange, now_ms: int) -> None:
+        """Within a step: for readers only, a gateway counts in whole tokens."""
+        self._carry_out(self.leases.layers_ready(leg, where, now_ms))
 
     def _predicted_ms_left(self, leg: LegId) -> float:
         """Of this leg and of those that came before it, which the scheduler serves first."""

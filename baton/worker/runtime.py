@@ -30,7 +30,7 @@ from baton.kvtransfer.effects import (
     CutAttachment,
 )
 from baton.messages import GatewayMessage, Heartbeat, StepBatch, WorkerMessage
-from baton.types import LegId, TokenChunk, TransferStats
+from baton.types import KVRange, LegId, TokenChunk, TransferStats
 from baton.worker.effects import CloseSession, Effect, FetchKV, Post, Send, SessionId
 from baton.worker.exports import ExportDesk
 from baton.worker.grammar_desk import GrammarDesk
@@ -162,6 +162,9 @@ class WorkerRuntime:
         for observer in self._observers:
             observer.stepped(output)
         self._do(lambda: self.machine.step(output, self.now_ms()))
+
+    def layers_ready(self, leg: LegId, where: KVRange) -> None:
+        self._do(lambda: self.machine.layers_ready(leg, where, self.now_ms()))
 
     # ── exports ──────────────────────────────────────────────────────────────────────────────────
 

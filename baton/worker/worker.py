@@ -20,6 +20,7 @@ from baton.messages import WorkerMessage
 from baton.types import WorkerInfo
 from baton.worker.data_plane import DataPlane
 from baton.worker.fetches import FetchDesk
+from baton.worker.layer_marks import LayerMarks
 from baton.worker.machine import WorkerMachine
 from baton.worker.policy import WorkerPolicy
 from baton.worker.runtime import Observer, WorkerRuntime
@@ -55,8 +56,12 @@ class Worker:
         self.runtime = WorkerRuntime(
             machine, plane.exports, (_Learner(self.latency), *observers), failpoints
         )
+        marks = LayerMarks(info.layout, self.runtime.layers_ready)
         self.engine = EngineThread(
-            core, self.runtime.post_output, on_failure=self.runtime.post_failure
+            core,
+            self.runtime.post_output,
+            on_kv_ready=marks.mark,
+            on_failure=self.runtime.post_failure,
         )
         self.fetches = FetchDesk(self.runtime, plane.memory, plane.transports, info.host_id)
         pool = None if grammars is None else GrammarPool(grammars)

@@ -2,11 +2,11 @@
 step."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from baton.engine.batch import Batch, Sampled
+from baton.engine.batch import Batch, OnLayers, Sampled
 from baton.engine.commands import (
     Abort,
     AddDecode,
@@ -61,14 +61,18 @@ class RowSeen:
 class WatchedRunner(NullRunner):
     """Keeps what it ran, and misbehaves when told to: `fault` sees each batch before it is run."""
 
-    def __init__(self, num_blocks: int, block_size: int, model: NullModel) -> None:
-        super().__init__(num_blocks, block_size, model)
+    def __init__(
+        self, num_blocks: int, block_size: int, model: NullModel, num_layers: int = 1
+    ) -> None:
+        super().__init__(num_blocks, block_size, model, num_layers)
         self.steps: list[list[RowSeen]] = []
         self.copies: list[tuple[tuple[BlockId, BlockId], ...]] = []
         self.fault: Callable[[Batch], None] | None = None
         self.non_finite: set[int] = set()  # row ids
 
-    def run(self, batch: Batch) -> dict[int, tuple[Sampled, ...]]:
+    def run(
+        self, batch: Batch, on_layers: OnLayers | None = None
+    ) -> dict[int, tuple[Sampled, ...]]:
         self.steps.append(
             [
                 RowSeen(r.row_id, r.start, len(r.token_ids), len(r.samples), tuple(r.block_ids))
@@ -80,7 +84,7 @@ class WatchedRunner(NullRunner):
         assert len(set(targets)) == len(targets), "two copies into one block"
         if self.fault is not None:
             self.fault(batch)
-        results = super().run(batch)
+        results = super().run(batch, on_layers)
         for row_id in self.non_finite & results.keys():
             results[row_id] = tuple(Sampled(-1) for _ in results[row_id])
         return results
@@ -98,18 +102,16 @@ class Driver:
             "max_num_batched_tokens": 64,
             "max_model_len": 512,
             "eos_token_ids": self.model.eos_token_ids,
+            "num_layers": 2,
             **config,
         }
         self.config = EngineConfig(num_blocks, **options)  # type: ignore[arg-type]
-        self.runner = WatchedRunner(num_blocks, self.config.block_size, self.model)
+        block_size, num_layers = self.config.block_size, self.config.num_layers
+        self.runner = WatchedRunner(num_blocks, block_size, self.model, num_layers)
         self.now_s = 0.0
         self.ready: list[tuple[LegId, KVRange]] = []
-        self.core = EngineCore(
-            self.config,
-            self.runner,
-            on_kv_ready=lambda leg, ready: self.ready.append((leg, ready)),
-            clock=lambda: self.now_s,
-        )
+        self.core = EngineCore(self.config, self.runner, clock=lambda: self.now_s)
+        self.core.on_kv_ready = self._on_kv_ready
         self._expected: dict[tuple[object, ...], tuple[int, ...]] = {}
         self.outputs: list[StepOutput] = []
         self.events: list[LegEvent] = []
@@ -117,6 +119,18 @@ class Driver:
         self.tokens: dict[tuple[LegId, int], list[int]] = defaultdict(list)
         self.first: dict[tuple[LegId, int], int] = {}  # index of the first token
         self.finished: dict[tuple[LegId, int], FinishReason] = {}
+
+    def _on_kv_ready(self, leg_id: LegId, ready: KVRange) -> None:
+        """Inside a step: what is said to be there must be there, and be right."""
+        self.ready.append((leg_id, ready))
+        leg = self.core._legs.get(leg_id)
+        assert leg is not None
+        assert leg.trunk is not None
+        blocks, start, stop = leg.trunk.block_ids, ready.token_start, ready.token_stop
+        want = self.model.chain(None, leg.request.prompt_token_ids)[start:stop]
+        for layer in range(ready.layer_start, ready.layer_stop):
+            got = self.runner.export_kv(blocks, start, stop, layer)
+            assert got == [value + layer for value in want], f"layer {layer} is not ready"
 
     # ── commands ─────────────────────────────────────────────────────────────────────────────────
 
@@ -148,8 +162,13 @@ class Driver:
     ) -> None:
         """What a transfer does: the right KV in the blocks that KVReserved told."""
         values = self.model.chain(None, request.prompt_token_ids)
-        block_ids = self.last(KVReserved, leg).block_ids
-        self.runner.import_kv(block_ids, start, values[start:stop])
+        self.import_kv(self.last(KVReserved, leg).block_ids, start, values[start:stop])
+
+    def import_kv(self, block_ids: Sequence[BlockId], start: int, values: Sequence[int]) -> None:
+        """Into all layers."""
+        for layer in range(self.config.num_layers):
+            layer_values = [value + layer for value in values]
+            self.runner.import_kv(block_ids, start, layer_values, layer)
 
     def imported(self, leg: LegId, request: Request) -> KVImported:
         """With the first tokens that P would have sampled."""

@@ -38,9 +38,9 @@ def test_timing_tells_prefill_from_decode() -> None:
     driver.local(request("b", prompt(60, 2), max_tokens=9))
     run = driver.runner.run
 
-    def slow(batch):  # type: ignore[no-untyped-def]
+    def slow(batch, on_layers):  # type: ignore[no-untyped-def]
         driver.now_s += 0.25
-        return run(batch)
+        return run(batch, on_layers)
 
     driver.runner.run = slow  # type: ignore[method-assign]
     driver.step()
@@ -84,7 +84,7 @@ def test_a_step_looks_at_new_tokens_only(
 ) -> None:
     """No scan over a running, a waiting or a held prompt: calls and returns of a decode step do not
     depend on its length."""
-    driver = Driver(num_blocks, max_num_batched_tokens=8000, max_model_len=8000)
+    driver = Driver(num_blocks, max_num_batched_tokens=8000, max_model_len=8000, num_layers=1)
     driver.prefill(request("held", prompt(num_prompt, 1)))
     driver.local(request("runs", prompt(num_prompt, 2), max_tokens=90))
     driver.run_until_decoding()

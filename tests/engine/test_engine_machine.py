@@ -246,7 +246,7 @@ class EngineMachine(RuleBasedStateMachine):
         ids = leg.request.prompt_token_ids
         stop = min(leg.num_written + num_tokens, len(ids))
         values = self.driver.model.chain(None, ids)[leg.num_written : stop]
-        self.driver.runner.import_kv(leg.block_ids, leg.num_written, values)
+        self.driver.import_kv(leg.block_ids, leg.num_written, values)
         leg.num_written = stop
 
     @precondition(lambda self: self.among("reserved"))

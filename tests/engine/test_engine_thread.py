@@ -5,11 +5,17 @@ from queue import SimpleQueue
 
 import pytest
 
-from baton.engine.batch import Batch, Sampled
+from baton.engine.batch import Batch, OnLayers, Sampled
 from baton.engine.commands import Abort, AddLocal, Command
 from baton.engine.config import EngineConfig
 from baton.engine.core import EngineCore
-from baton.engine.events import LegFailed, LegTokens, StepOutput
+from baton.engine.events import (
+    LegAdmitted,
+    LegFailed,
+    LegTokens,
+    PrefillProgress,
+    StepOutput,
+)
 from baton.engine.null_runner import NullRunner
 from baton.engine.thread import MAX_PENDING_ADDS, EngineThread
 from baton.errors import BatonError, Cause
@@ -25,10 +31,12 @@ class GatedRunner(NullRunner):
         self.gate.set()
         self.entered = threading.Event()
 
-    def run(self, batch: Batch) -> dict[int, tuple[Sampled, ...]]:
+    def run(
+        self, batch: Batch, on_layers: OnLayers | None = None
+    ) -> dict[int, tuple[Sampled, ...]]:
         self.entered.set()
         assert self.gate.wait(20)
-        return super().run(batch)
+        return super().run(batch, on_layers)
 
 
 class CountingCore(EngineCore):
@@ -100,8 +108,20 @@ def test_outputs_come_once_per_step_from_the_engine_thread(rig: Rig) -> None:
 
     rig.on_output = keep
     rig.thread.post(add("a", max_tokens=5))
-    assert len(rig.wait_for_end("a")) == 5
-    assert {threads.get() for _ in range(5)} == {"engine"}
+    outputs = rig.wait_for_end("a")
+    assert [output.timing is None for output in outputs] == [True, *[False] * 5]
+    assert {threads.get() for _ in range(6)} == {"engine"}
+
+
+def test_who_is_admitted_hears_so_before_the_step_is_computed(rig: Rig) -> None:
+    rig.runner.gate.clear()
+    rig.thread.post(add("a", max_tokens=1))
+    (event,) = rig.outputs.get(timeout=20).events
+    assert isinstance(event, LegAdmitted)
+    assert rig.outputs.empty()
+    rig.runner.gate.set()
+    (output,) = rig.wait_for_end("a")
+    assert [type(event) for event in output.events] == [PrefillProgress, LegTokens]
 
 
 def test_commands_posted_together_are_applied_before_one_step(rig: Rig) -> None:
@@ -140,6 +160,7 @@ def test_a_step_that_is_stuck_can_be_seen(rig: Rig) -> None:
 def test_a_failing_step_leaves_the_thread_alive(rig: Rig) -> None:
     run, rig.runner.run = rig.runner.run, None  # type: ignore[method-assign,assignment]
     rig.thread.post(add("a"))
+    assert isinstance(rig.outputs.get(timeout=20).events[0], LegAdmitted)
     (event,) = [e for e in rig.outputs.get(timeout=20).events if isinstance(e, LegFailed)]
     assert event.cause is Cause.STEP_FAILED
     rig.runner.run = run  # type: ignore[method-assign]

@@ -205,7 +205,7 @@ def test_a_runner_that_does_not_answer_fails_the_step() -> None:
     driver = Driver()
     driver.local(request("a", prompt(20)))
     run = driver.runner.run
-    driver.runner.run = lambda batch: dict.fromkeys(run(batch), ())  # type: ignore[method-assign]
+    driver.runner.run = lambda batch, _: dict.fromkeys(run(batch), ())  # type: ignore[method-assign]
     driver.run()
     assert [event.cause for event in driver.of(LegFailed)] == [Cause.STEP_FAILED]
     driver.assert_idle()

@@ -165,6 +165,33 @@ def test_blocks_are_copied_before_anything_is_computed(folder: Folder) -> None:
     assert torch.equal(runner.hidden_states(moved), expected)
 
 
+def test_layers_are_announced_when_their_kv_will_not_change_any_more(runner: ModelRunner) -> None:
+    first, second = random_prompts(40, 20)
+    rows = (row(first, first_block=0, sample=True), row(second, first_block=5, row_id=1))
+    num_layers = runner.info.num_layers
+    seen: list[torch.Tensor] = []
+
+    def on_layers(num_ready: int) -> None:
+        assert num_ready == len(seen) + 1
+        seen.append(runner.kv_cache.tensor[:num_ready].clone())
+
+    runner.run(Batch(rows), on_layers)
+    assert len(seen) == num_layers
+    for num_ready, pool in enumerate(seen, 1):
+        assert torch.equal(pool, runner.kv_cache.tensor[:num_ready])
+        assert pool[-1].any(), "stored, not about to be"
+
+
+def test_layers_that_are_not_finite_are_not_announced(folder: Folder) -> None:
+    runner = load_tiny_runner(folder("llama"))
+    runner.kv_cache.tensor[1, :, 0] = float("nan")  # attended to in layer 1: broken from 2 on
+    told: list[int] = []
+    (prompt,) = random_prompts(20)
+    results = runner.run(Batch((row(prompt, start=16, sample=True),)), told.append)
+    assert [sampled.token_id for sampled in results[0]] == [-1]
+    assert told == [1, 2]
+
+
 def test_a_row_that_is_not_finite_is_refused_and_leaves_nothing_behind(folder: Folder) -> None:
     runner = load_tiny_runner(folder("llama"))
     good, bad = random_prompts(20, 20)

@@ -48,6 +48,17 @@ def test_one_wrong_slot_anywhere_makes_a_wrong_token(position: int) -> None:
     assert run(runner, row(ids[32:], 32, blocks(0, 1, 2))) != right
 
 
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_every_layer_counts(layer: int) -> None:
+    ids = prompt(33)
+    runner = NullRunner(8, 16, num_layers=3)
+    run(runner, row(ids[:32], 0, blocks(0, 1)))
+    right = run(runner, row(ids[32:], 32, blocks(0, 1, 2)))
+    assert (right,) == NullModel().generate(ids, SamplingParams(temperature=0.0, max_tokens=1))
+    runner.import_kv(blocks(0, 1), 20, [12345], layer)
+    assert run(runner, row(ids[32:], 32, blocks(0, 1, 2))) != right
+
+
 def test_exported_kv_works_elsewhere() -> None:
     ids = prompt(50)
     source, target = NullRunner(8, 16), NullRunner(4, 32)

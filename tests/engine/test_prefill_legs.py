@@ -1,11 +1,14 @@
 """AddPrefill: all blocks at once, computed in chunks, first tokens, then held until released."""
 
 from dataclasses import replace
+from typing import NoReturn
 
 import pytest
 
+from baton.engine.batch import Batch, OnLayers
 from baton.engine.commands import Pin, Quiesced, Retain
 from baton.engine.events import (
+    KVReserved,
     LeaseEvicted,
     LegAdmitted,
     LegFailed,
@@ -40,9 +43,9 @@ def test_it_is_admitted_computed_and_sampled_once() -> None:
     ]
     assert [e.tokens_done for e in driver.of(PrefillProgress)] == [40, 80, 100]
     assert driver.ready == [
-        (leg, KVRange(0, 3, 0, 40)),
-        (leg, KVRange(0, 3, 40, 80)),
-        (leg, KVRange(0, 3, 80, 100)),
+        (leg, KVRange(0, num_layers, start, stop))
+        for start, stop in [(0, 40), (40, 80), (80, 100)]
+        for num_layers in (1, 2)  # of 3: the last one comes with the progress
     ]
     for choice in range(2):
         assert tuple(driver.tokens[leg, choice]) == driver.expected(r, choice)[:1]
@@ -52,6 +55,45 @@ def test_it_is_admitted_computed_and_sampled_once() -> None:
     assert driver.core.snapshot().num_leases == 1
     assert driver.core.snapshot().free_blocks == 64 - 7
     driver.release(leg)
+    driver.assert_idle()
+
+
+def test_what_scheduling_knows_is_told_before_the_step_is_computed() -> None:
+    driver = Driver()
+    leg = driver.prefill(request("p", prompt(20)))
+    reserved = driver.decode(request("d", prompt(20, 1)))
+    early = driver.core.begin()
+    assert early is not None
+    assert {type(event) for event in early.events} == {LegAdmitted, KVReserved}
+    assert early.timing is None
+    assert driver.runner.steps == []
+    late = driver.core.compute()
+    assert late is not None
+    assert late.timing is not None
+    assert [type(event) for event in late.events] == [PrefillProgress, LegTokens]
+    driver.release(leg)
+    driver.abort(reserved)
+    assert driver.core.begin() is None, "nobody waits for this"
+    assert driver.core.compute() is not None, "but the snapshot has changed"
+
+
+def test_a_step_that_fails_midway_has_told_no_whole_token() -> None:
+    """Layers were ready; their tokens are not, and the leg's blocks wait for its readers."""
+    driver = Driver(num_layers=3)
+    leg = driver.prefill(request("p", prompt(20)))
+    run = driver.runner.run
+
+    def break_down(batch: Batch, on_layers: OnLayers | None) -> NoReturn:
+        run(batch, on_layers)
+        raise RuntimeError("after all layers")
+
+    driver.runner.run = break_down  # type: ignore[method-assign]
+    driver.run()
+    assert driver.ready[-1] == (leg, KVRange(0, 2, 0, 20))
+    assert driver.of(PrefillProgress) == []
+    assert driver.last(LegFailed, leg).cause is Cause.STEP_FAILED
+    assert driver.core.snapshot().num_quarantined_blocks == 2
+    driver.apply(Quiesced(leg))
     driver.assert_idle()
 
 

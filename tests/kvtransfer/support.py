@@ -18,6 +18,7 @@ from baton.kvtransfer.exporter import ExportFeed
 from baton.kvtransfer.grpc_stream import GrpcTransport
 from baton.kvtransfer.local import LocalNetwork, LocalTransport
 from baton.kvtransfer.memory import KVMemory, heap_buffer
+from baton.kvtransfer.progress import KVReady
 from baton.rpc import ClusterToken, RpcServer
 from baton.types import BlockId, KVGroup, KVKind, KVLayout, KVRange, KVTicket
 
@@ -94,9 +95,9 @@ class Gate:
     async def attach(self, fetch: FetchOpen) -> ExportFeed:
         if self.refusal is not None:
             raise self.refusal
-        feed = ExportFeed(
-            1000 + len(self.feeds), self.pool.block_ids, self.num_ready_tokens, self.end_payload
-        )
+        ready = KVReady(self.num_ready_tokens)
+        epoch = 1000 + len(self.feeds)
+        feed = ExportFeed(epoch, self.pool.block_ids, ready, self.end_payload)
         self.feeds.append(feed)
         self.attached.set()
         return feed

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from baton.errors import BatonError, Cause
 from baton.kvtransfer.exporter import Exporter, next_parts
 from baton.kvtransfer.frames import Frame, FrameKind, decode
+from baton.kvtransfer.progress import KVReady
 from baton.types import KVRange
 from tests.kvtransfer.support import (
     NUM_LAYERS,
@@ -86,17 +87,47 @@ async def test_frames_follow_the_prefill(pool: Pool) -> None:
     waiting = asyncio.create_task(next_frame())
     await asyncio.sleep(0.02)
     assert not waiting.done()
-    feed.ready(20)
+    feed.advance(KVReady(20))
     assert (await waiting).range == KVRange(0, NUM_LAYERS, 0, 20)
-    feed.ready(30)
-    feed.ready(10)  # an older mark changes nothing
-    feed.ready(64)
+    feed.advance(KVReady(30))
+    feed.advance(KVReady(10))  # an older mark changes nothing
+    feed.advance(KVReady(64))
     assert (await next_frame()).range == KVRange(0, NUM_LAYERS, 20, 64)
     waiting = asyncio.create_task(next_frame())
     await asyncio.sleep(0.02)
     assert not waiting.done()
     feed.end(b"x")
     assert (await waiting).kind is FrameKind.END
+    await attachment.close()
+
+
+async def test_layers_leave_while_the_others_are_computed(pool: Pool) -> None:
+    gate = Gate(pool, num_ready_tokens=16, end_payload=None)
+    attachment = await Exporter(pool.memory, gate).attach(make_fetch(64))
+    frames = attachment.frames(Unbounded())
+    (feed,) = gate.feeds
+
+    async def next_frame() -> Frame:
+        frame = decode(b"".join(await anext(frames)))
+        assert frame.kind is FrameKind.END or bytes(frame.payload) == pool.content(frame.range)
+        return frame
+
+    assert (await next_frame()).range == KVRange(0, NUM_LAYERS, 0, 16)
+    feed.advance(KVReady(16, 50, 1))
+    assert (await next_frame()).range == KVRange(0, 1, 16, 50)
+    feed.advance(KVReady(16, 50, 2))
+    assert (await next_frame()).range == KVRange(1, 2, 16, 50)
+    waiting = asyncio.create_task(next_frame())
+    await asyncio.sleep(0.02)
+    assert not waiting.done()
+    assert set(gate.sent) == {16}, "a token was sent when all its layers were"
+    feed.advance(KVReady(50))
+    assert (await waiting).range == KVRange(2, NUM_LAYERS, 16, 50)
+    feed.advance(KVReady(50, 64, 2))
+    feed.advance(KVReady(64))
+    feed.end(b"")
+    assert (await next_frame()).range == KVRange(0, NUM_LAYERS, 50, 64)
+    assert (await next_frame()).kind is FrameKind.END
     await attachment.close()
 
 

@@ -24,12 +24,14 @@ from baton.kvtransfer.effects import (
     RetainLease,
 )
 from baton.kvtransfer.lease import MAX_ATTACHMENTS, LeaseState, LeaseTable
+from baton.kvtransfer.progress import KVReady
 from baton.types import (
     BlockId,
     FinishReason,
     KVGroup,
     KVKind,
     KVLayout,
+    KVRange,
     KVTicket,
     LegId,
     TokenChunk,
@@ -145,6 +147,17 @@ class LeaseWorld(RuleBasedStateMachine):
     def prefill_advances(self, data: st.DataObject, tokens: int) -> None:
         leg = data.draw(st.sampled_from(sorted(self.transfer_ids)))
         self.carry_out(self.table.ready(leg, tokens, self.now_ms))
+
+    @rule(
+        data=st.data(),
+        layers=st.integers(1, 2),
+        start=st.integers(0, NUM_TOKENS),
+        stop=st.integers(1, NUM_TOKENS),
+    )
+    def layers_get_ready(self, data: st.DataObject, layers: int, start: int, stop: int) -> None:
+        leg = data.draw(st.sampled_from(sorted(self.transfer_ids)))
+        where = KVRange(0, layers, start, stop)
+        self.carry_out(self.table.layers_ready(leg, where, self.now_ms))
 
     @rule(data=st.data())
     def prefill_samples(self, data: st.DataObject) -> None:
@@ -287,6 +300,32 @@ def test_late_done_of_a_cut_attachment_changes_nothing(table: LeaseTable) -> Non
     table.done(epoch)
     assert table.closed(epoch, 0) == []
     assert table.state(LEG) is LeaseState.PINNED
+
+
+def test_layers_are_told_as_they_get_ready(table: LeaseTable) -> None:
+    epoch = granted(table.attach(1, TICKET.transfer_id, 0, 0)).epoch
+
+    def told(effects: list[LeaseEffect]) -> KVReady:
+        (effect,) = effects
+        assert isinstance(effect, AttachmentReady)
+        assert effect.epochs == (epoch,)
+        return effect.ready
+
+    assert told(table.layers_ready(LEG, KVRange(0, 1, 16, 48), 0)) == KVReady(16, 48, 1)
+    assert table.layers_ready(LEG, KVRange(0, 1, 16, 48), 0) == []
+    assert told(table.layers_ready(LEG, KVRange(0, 2, 16, 48), 0)) == KVReady(16, 48, 2)
+    assert table.layers_ready(LEG, KVRange(0, 1, 48, 64), 0) == [], "a hole: something was missed"
+    assert told(table.ready(LEG, 48, 0)) == KVReady(48)
+    assert table.layers_ready(LEG, KVRange(0, 2, 16, 48), 0) == [], "that step is over"
+
+
+def test_layers_ahead_are_no_debt_before_the_step_ends(table: LeaseTable) -> None:
+    epoch = granted(table.attach(1, TICKET.transfer_id, 0, 0)).epoch
+    table.progress(epoch, 16, 10)
+    table.layers_ready(LEG, KVRange(0, 1, 16, 48), 20)
+    assert table.tick(10 * STALL_MS) == []
+    table.ready(LEG, 48, 10 * STALL_MS)
+    assert [type(e) for e in table.tick(11 * STALL_MS + 1)] == [CutAttachment]
 
 
 def test_waiting_for_the_prefill_is_not_stalling(table: LeaseTable) -> None:

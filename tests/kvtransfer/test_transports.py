@@ -11,9 +11,11 @@ from baton.errors import BatonError, Cause
 from baton.kvtransfer.base import Buffers
 from baton.kvtransfer.exporter import Exporter
 from baton.kvtransfer.importer import Importer
+from baton.kvtransfer.progress import KVReady
 from baton.types import KVRange, TransportAddress
 from tests.kvtransfer.support import (
     NUM_LAYERS,
+    TOKEN_BYTES,
     Gate,
     Pair,
     RecordingSink,
@@ -330,11 +332,16 @@ async def test_kv_moves_from_pool_to_pool_while_it_is_computed(
     while importer.valid_tokens < 40:
         await asyncio.sleep(0.001)
     (feed,) = gate.feeds
-    feed.ready(64)
+    feed.advance(KVReady(64))
     while importer.valid_tokens < 64:
         await asyncio.sleep(0.001)
     assert not importer.is_complete
-    feed.ready(101)
+    feed.advance(KVReady(64, 101, 2))
+    bytes_before = importer.num_bytes
+    while importer.num_bytes < bytes_before + 2 * 37 * TOKEN_BYTES // NUM_LAYERS:
+        await asyncio.sleep(0.001)
+    assert importer.valid_tokens == 64
+    feed.advance(KVReady(101))
     feed.end(b"first tokens")
     stats = await fetching
     assert importer.is_complete
@@ -358,6 +365,8 @@ async def test_a_lease_lost_midway_leaves_a_valid_prefix(pair: Pair) -> None:
     fetching = asyncio.create_task(pair.consumer.fetch(peer, make_fetch(100), importer))
     while importer.valid_tokens < 48:
         await asyncio.sleep(0.001)
+    gate.feeds[0].advance(KVReady(48, 90, NUM_LAYERS - 1))
+    await asyncio.sleep(0.05)  # for some of it, at least
     gate.feeds[0].cut(BatonError(Cause.LEASE_UNKNOWN, "evicted"))
     with pytest.raises(BatonError, match="evicted"):
         await fetching

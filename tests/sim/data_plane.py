@@ -13,6 +13,7 @@ from baton.kvtransfer.exporter import next_parts
 from baton.kvtransfer.frames import HEADER_BYTES, FrameWriter
 from baton.kvtransfer.importer import Importer
 from baton.kvtransfer.memory import KVMemory
+from baton.kvtransfer.progress import KVReady, ReadCursor
 from baton.types import BlockId, KVLayout, KVRange, LegId, TokenChunk, TransferStats
 from baton.v1 import kv_pb2
 from baton.wire_types import chunk_from_pb, chunk_to_pb
@@ -42,13 +43,19 @@ class SimMemory:
     def pack(
         self, block_ids: Sequence[BlockId], where: KVRange, headroom_bytes: int = 0
     ) -> memoryview:
-        values = self._runner.export_kv(block_ids, where.token_start, where.token_stop)
+        start, stop = where.token_start, where.token_stop
+        values: list[int] = []
+        for layer in range(where.layer_start, where.layer_stop):
+            values += self._runner.export_kv(block_ids, start, stop, layer)
         frame = bytearray(headroom_bytes) + struct.pack(f"<{len(values)}q", *values)
         return memoryview(frame)
 
     def unpack(self, block_ids: Sequence[BlockId], where: KVRange, payload: memoryview) -> None:
-        values = struct.unpack(f"<{where.num_tokens}q", payload)
-        self._runner.import_kv(block_ids, where.token_start, values)
+        values = struct.unpack(f"<{where.num_layers * where.num_tokens}q", payload)
+        for layer in range(where.layer_start, where.layer_stop):
+            base = (layer - where.layer_start) * where.num_tokens
+            layer_values = values[base : base + where.num_tokens]
+            self._runner.import_kv(block_ids, where.token_start, layer_values, layer)
 
     async def run(self, function: Any, *args: Any) -> Any:
         return function(*args)
@@ -74,10 +81,10 @@ class Reader:
         self.leg: LegId | None = None
         self.epoch = 0
         self.block_ids: tuple[BlockId, ...] = ()
-        self._ready = 0
+        self._ready = KVReady(0)
         self._first_tokens: tuple[TokenChunk, ...] | None = None
         self._writer: FrameWriter | None = None
-        self._sent = 0
+        self._cursor: ReadCursor | None = None
         self._in_flight = 0
         self._ended = False
         self._stopping = False
@@ -114,11 +121,11 @@ class Reader:
         del self.worker.readers_by_key[self.key]
         assert self.fetch is not None
         self.leg, self.epoch, self.block_ids = grant.leg, grant.epoch, grant.block_ids
-        self._ready, self._first_tokens = grant.num_ready_tokens, grant.first_tokens
+        self._ready, self._first_tokens = grant.ready, grant.first_tokens
         self._writer = FrameWriter(grant.epoch)
-        self._sent = self.fetch.range.token_start
+        self._cursor = ReadCursor(self.fetch.range)
         self.worker.readers[self.epoch] = self
-        self.conn.send(1, ("opened", self.epoch, self._ready))
+        self.conn.send(1, ("opened", self.epoch, self._ready.num_tokens))
         self._pump()
 
     def refused(self, cause: Cause, detail: str) -> None:
@@ -126,8 +133,9 @@ class Reader:
         self.conn.send(1, ("failed", cause, detail))
         self.conn.close(1)
 
-    def ready(self, num_tokens: int) -> None:
-        self._ready = max(self._ready, num_tokens)
+    def ready(self, ready: KVReady) -> None:
+        assert ready.is_beyond(self._ready)
+        self._ready = ready
         self._pump()
 
     def sampled(self, first_tokens: tuple[TokenChunk, ...]) -> None:
@@ -143,11 +151,9 @@ class Reader:
         """Give the transfer thread the next frame, if there is one to make."""
         if self._busy or self._stopping or self._ended or not self.epoch:
             return
-        assert self.fetch is not None
-        where = self.fetch.range
-        stop = min(self._ready, where.token_stop)
-        has_data = self._sent < stop
-        has_end = self._sent >= where.token_stop and self._first_tokens is not None
+        assert self._cursor is not None
+        has_data = self._cursor.next_span(self._ready) is not None
+        has_end = self._cursor.is_complete and self._first_tokens is not None
         if self._in_flight >= CREDIT or not (has_data or has_end):
             return
         self._busy = True
@@ -158,24 +164,25 @@ class Reader:
         """On the transfer thread: it reads even when the attachment has been cut meanwhile."""
         assert self.fetch is not None
         assert self._writer is not None
+        assert self._cursor is not None
         self._busy = False
-        where, memory = self.fetch.range, self.worker.memory
-        if self._sent < where.token_stop:
-            stop = min(self._ready, where.token_stop)
-            span = KVRange(where.layer_start, where.layer_stop, self._sent, stop)
+        memory, cursor, stats = self.worker.memory, self._cursor, self.worker.fleet.stats
+        span = cursor.next_span(self._ready)
+        if span is not None:
             size = memory.layout.block_size
             part = next_parts(span, size, memory.num_bytes(span), FRAME_BYTES)[0]
             frame = self._writer.data(part, memory.pack(self.block_ids, part, HEADER_BYTES))
-            self._sent = part.token_stop
+            cursor.took(part)
+            stats.num_early_frames += part.token_stop > self._ready.num_tokens
         else:
-            frame = self._writer.end(where, self._end_payload())
+            frame = self._writer.end(self.fetch.range, self._end_payload())
             self._ended = True
         if self._stopping:
             self._close()
             return
         self._in_flight += 1
         data = b"".join(bytes(part) for part in frame)
-        self.conn.send(1, ("frame", self.worker.fleet.maybe_corrupt(data), self._sent))
+        self.conn.send(1, ("frame", self.worker.fleet.maybe_corrupt(data), cursor.num_tokens))
         self._pump()
 
     def _end_payload(self) -> bytes:

@@ -23,6 +23,7 @@ class Stats:
 
     num_imports: int = 0
     num_bytes: int = 0
+    num_early_frames: int = 0  # of layers whose step was still running
     num_failed_fetches: int = 0
     num_breaks: int = 0  # crashes, cuts and pauses: each may look like the loss of a worker
     num_corrupted: int = 0

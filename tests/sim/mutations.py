@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from baton.engine import commands
+from baton.engine import commands, core
 from baton.engine.block_pool import BlockPool
 from baton.engine.intake import Intake
 from baton.engine.prefix_cache import PrefixCache
@@ -69,6 +69,30 @@ def commit_rule_off() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def layers_announced_too_early() -> Iterator[None]:
+    """A layer counts as ready when it is begun."""
+    tell = core._tell_layers
+
+    def tell_early(on_kv_ready, exported, num_layers, num_ready) -> None:  # type: ignore[no-untyped-def]
+        tell(on_kv_ready, exported, num_layers, num_ready + 1)
+
+    with patch.object(core, "_tell_layers", tell_early):
+        yield
+
+
+@contextmanager
+def tokens_announced_too_early() -> Iterator[None]:
+    """The end of a step does not matter: all its layers count as soon as one does."""
+    tell = core._tell_layers
+
+    def tell_all(on_kv_ready, exported, num_layers, num_ready) -> None:  # type: ignore[no-untyped-def]
+        tell(on_kv_ready, exported, num_layers + 1, num_layers)
+
+    with patch.object(core, "_tell_layers", tell_all):
+        yield
+
+
 MUTATIONS: dict[str, Callable[[], object]] = {
     function.__name__: function
     for function in (
@@ -78,5 +102,7 @@ MUTATIONS: dict[str, Callable[[], object]] = {
         quarantine_off,
         prefix_hits_ignored,
         commit_rule_off,
+        layers_announced_too_early,
+        tokens_announced_too_early,
     )
 }

@@ -3,11 +3,11 @@ events."""
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from baton.engine.batch import Batch, Sampled
+from baton.engine.batch import Batch, OnLayers, Sampled
 from baton.engine.commands import Command
 from baton.engine.config import EngineConfig
 from baton.engine.core import EngineCore
@@ -28,6 +28,7 @@ from baton.types import (
     KVGroup,
     KVKind,
     KVLayout,
+    KVRange,
     LegId,
     Role,
     TransportAddress,
@@ -46,6 +47,7 @@ VOCAB_SIZE = 1000
 EOS = (7,)
 MAX_MODEL_LEN = 256
 FINGERPRINT = hashlib.sha256(b"null model").digest()
+NUM_LAYERS = 3
 BUSY_TICK_MS, IDLE_TICK_MS = 100, 500
 
 
@@ -59,16 +61,50 @@ class WorkerSpec:
     max_num_seqs: int
 
 
-class FaultyRunner(NullRunner):
-    """Raises once when told to."""
+class SlowRunner(NullRunner):
+    """Raises once when told to, in the middle of a step. What it computes for a layer is in the
+    pool only when the clock says so: `run` answers at once, `write_layer` brings the KV."""
 
     is_armed = False
 
-    def run(self, batch: Batch) -> dict[int, tuple[Sampled, ...]]:
-        if self.is_armed:
-            self.is_armed = False
-            raise RuntimeError("injected")
-        return super().run(batch)
+    def __init__(self, num_blocks: int, block_size: int, model: NullModel) -> None:
+        super().__init__(num_blocks, block_size, model, NUM_LAYERS)
+        self.num_layers_run = 0
+        self._is_running = False
+        self._writes: list[tuple[int, list[BlockId], int, list[int]]] = []
+
+    def run(
+        self, batch: Batch, on_layers: OnLayers | None = None
+    ) -> dict[int, tuple[Sampled, ...]]:
+        def layer_done(num_layers: int) -> None:
+            self.num_layers_run = num_layers
+            if on_layers is not None:
+                on_layers(num_layers)
+            if self.is_armed:
+                self.is_armed = False
+                raise RuntimeError("injected")
+
+        before = [slots.copy() for slots in self._layers]
+        self.num_layers_run, self._is_running = 0, True
+        try:
+            return super().run(batch, layer_done)
+        finally:
+            self._is_running = False
+            self._layers = before
+            super().run(Batch((), batch.copies))
+
+    def import_kv(
+        self, block_ids: Sequence[BlockId], start: int, values: Sequence[int], layer: int = 0
+    ) -> None:
+        if self._is_running:
+            self._writes.append((layer, list(block_ids), start, list(values)))
+        super().import_kv(block_ids, start, values, layer)
+
+    def write_layer(self, layer: int) -> None:
+        due = [write for write in self._writes if write[0] == layer]
+        self._writes = [write for write in self._writes if write[0] != layer]
+        for _, block_ids, start, values in due:
+            super().import_kv(block_ids, start, values, layer)
 
 
 class _GatewayEnd:
@@ -91,7 +127,7 @@ class _GatewayEnd:
 class SimWorker(Node):
     machine: WorkerMachine
     core: EngineCore
-    runner: FaultyRunner
+    runner: SlowRunner
     memory: SimMemory
 
     def __init__(self, world: World, fleet: "SimFleet", spec: WorkerSpec, model: NullModel) -> None:
@@ -118,11 +154,14 @@ class SimWorker(Node):
             max_num_batched_tokens=spec.chunk_tokens,
             eos_token_ids=EOS,
             vocab_size=VOCAB_SIZE,
+            num_layers=NUM_LAYERS,
             fingerprint=FINGERPRINT,
             role=spec.role,
         )
-        self.runner = FaultyRunner(spec.num_blocks, spec.block_size, self._model)
+        self.runner = SlowRunner(spec.num_blocks, spec.block_size, self._model)
         self.core = EngineCore(config, self.runner, clock=lambda: self.world.now / 1e3)
+        self.core.on_kv_ready = self._on_kv_ready
+        self._marks: list[tuple[int, LegId, KVRange]] = []  # after how many layers
         self.memory = SimMemory(self.runner, self.info.layout)
         policy = WorkerPolicy(
             role=spec.role,
@@ -153,7 +192,7 @@ class SimWorker(Node):
 
     def _describe(self) -> WorkerInfo:
         spec = self.spec
-        group = KVGroup(KVKind.FULL, 1, num_kv_heads=1, head_dim=1, dtype="float32")
+        group = KVGroup(KVKind.FULL, NUM_LAYERS, num_kv_heads=1, head_dim=1, dtype="float32")
         address = TransportAddress("sim", spec.name)
         return WorkerInfo(
             worker_id=spec.name,
@@ -233,9 +272,9 @@ class SimWorker(Node):
                 self.readers_by_key[key].granted(effect)
             case AttachRefused(key, cause, detail):
                 self.readers_by_key[key].refused(cause, detail)
-            case AttachmentReady(epochs, num_tokens):
+            case AttachmentReady(epochs, ready):
                 for epoch in epochs:
-                    self.readers[epoch].ready(num_tokens)
+                    self.readers[epoch].ready(ready)
             case AttachmentSampled(epochs, first_tokens):
                 for epoch in epochs:
                     self.readers[epoch].sampled(first_tokens)
@@ -252,23 +291,42 @@ class SimWorker(Node):
     def _begin_step(self) -> None:
         while self.commands:
             self.core.apply(self.commands.popleft())
-        output = self.core.step() if self.core.has_work else None
-        self._is_core_changed = True
-        if output is None:
+        if not self.core.has_work:
             self._is_stepping = False
             return
+        early, self._marks = self.core.begin(), []
+        output = self.core.compute()
+        self._is_core_changed = True
         duration_ms = 0.1
-        if output.timing is not None:
+        if early is not None:
+            self.world.after(0.05, self, self._tell, early)
+        if output is not None and output.timing is not None:
             timing = output.timing
             duration_ms = 1.0 + 0.1 * timing.num_prefill_tokens + 0.3 * timing.num_decodes
             output = replace(output, timing=replace(timing, duration_ms=duration_ms))
+            for layer in range(NUM_LAYERS):
+                at_ms = duration_ms * (layer + 1) / (NUM_LAYERS + 1)
+                marks = [mark for mark in self._marks if mark[0] == layer + 1]
+                self.world.after(at_ms, self, self._end_layer, layer, marks)
         self.world.after(duration_ms, self, self._end_step, output)
 
-    def _end_step(self, output: StepOutput) -> None:
+    def _on_kv_ready(self, leg: LegId, where: KVRange) -> None:
+        self._marks.append((self.runner.num_layers_run, leg, where))
+
+    def _end_layer(self, layer: int, marks: list[tuple[int, LegId, KVRange]]) -> None:
+        self.runner.write_layer(layer)
+        for _, leg, where in marks:
+            self.carry_out(self.machine.layers_ready(leg, where, self.world.now_ms))
+
+    def _end_step(self, output: StepOutput | None) -> None:
         self._is_stepping = False
+        if output is not None:
+            self._tell(output)
+        self._kick()
+
+    def _tell(self, output: StepOutput) -> None:
         self.fleet.publish(self, output.stored, output.removed)
         self.carry_out(self.machine.step(output, self.world.now_ms))
-        self._kick()
 
     # ── invariants ───────────────────────────────────────────────────────────────────────────────
 

@@ -12,6 +12,7 @@ from baton.kvtransfer.base import FetchOpen, FrameSink, FrameSource
 from baton.kvtransfer.effects import AttachGranted, AttachmentReady, AttachRefused, CutAttachment
 from baton.kvtransfer.frames import FrameWriter
 from baton.kvtransfer.memory import KVMemory
+from baton.kvtransfer.progress import KVReady
 from baton.types import (
     BlockId,
     KVGroup,
@@ -78,7 +79,7 @@ def desk(machine: Machine) -> ExportDesk:
 
 
 def grant(key: int, first_tokens: tuple[TokenChunk, ...] | None = None) -> AttachGranted:
-    return AttachGranted(key, 77, LEG, (BlockId(0),), 16, 8, first_tokens)
+    return AttachGranted(key, 77, LEG, (BlockId(0),), 16, KVReady(8), first_tokens)
 
 
 async def asked(desk: ExportDesk) -> asyncio.Task[Any]:
@@ -91,9 +92,9 @@ async def test_a_grant_becomes_a_feed(desk: ExportDesk, machine: Machine) -> Non
     task = await asked(desk)
     desk.granted(grant(machine.asked[0]))
     feed = await task
-    assert (feed.epoch, feed.num_ready_tokens, feed.end_payload) == (77, 8, None)
-    desk.ready(AttachmentReady((77,), 16))
-    assert feed.num_ready_tokens == 16
+    assert (feed.epoch, feed.ready, feed.end_payload) == (77, KVReady(8), None)
+    desk.ready(AttachmentReady((77,), KVReady(8, 16, 1)))
+    assert feed.ready == KVReady(8, 16, 1)
     desk.cut(CutAttachment(77, Cause.LEASE_UNKNOWN, "released"))
     assert feed.error is not None
     assert feed.error.cause is Cause.LEASE_UNKNOWN

@@ -29,6 +29,7 @@ from baton.kvtransfer.effects import (
     CancelFetch,
     CutAttachment,
 )
+from baton.kvtransfer.progress import KVReady
 from baton.kvtransfer.ticket import TicketKeyring, salt_digest
 from baton.messages import (
     Abort,
@@ -304,11 +305,17 @@ def test_a_prediction_counts_who_came_before(machine: WorkerMachine) -> None:
 def test_readers_are_woken_and_told_the_first_tokens(machine: WorkerMachine) -> None:
     ticket = admit(machine)
     grant = only(machine.attach(1, fetch_open(ticket), 0), AttachGranted)
-    assert (grant.num_ready_tokens, grant.first_tokens) == (16, None)
+    assert (grant.ready, grant.first_tokens) == (KVReady(16), None)
+    ready = only(machine.layers_ready(P, KVRange(0, 1, 16, 40), 0), AttachmentReady)
+    assert ready == AttachmentReady((grant.epoch,), KVReady(16, 40, 1))
+    later = only(machine.attach(2, fetch_open(ticket), 0), AttachGranted)
+    assert later.ready == KVReady(16, 40, 1), "who comes during the step reads what is there"
     ready = only(step(machine, PrefillProgress(P, 40)), AttachmentReady)
-    assert ready == AttachmentReady((grant.epoch,), 40)
+    assert ready == AttachmentReady((grant.epoch, later.epoch), KVReady(40))
+    assert machine.layers_ready(P, KVRange(0, 1, 16, 40), 0) == [], "old news"
+    assert machine.layers_ready(LegId("gone", 1), KVRange(0, 1, 0, 40), 0) == []
     sampled = only(step(machine, token(P, 9, end=True)), AttachmentSampled)
-    assert sampled == AttachmentSampled((grant.epoch,), (token(P, 9, end=True).chunk,))
+    assert sampled == AttachmentSampled((grant.epoch, later.epoch), (token(P, 9, end=True).chunk,))
 
 
 def test_first_tokens_are_complete_when_every_open_choice_has_one(machine: WorkerMachine) -> None:
