@@ -13,7 +13,7 @@ import asyncio
 import random
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from enum import Enum
 
@@ -38,6 +38,7 @@ class Connection:
         self.peer: tuple[str, int] = client.get_extra_info("peername")[:2]
         self.num_bytes = {UP: 0, DOWN: 0}  # that came in
         self.swallows: set[Direction] = set()  # what was lost once breaks the stream for good
+        self.is_poisoned = True
 
     def reset(self) -> None:
         """Both ends get a RST, and nothing that is still buffered here."""
@@ -59,6 +60,14 @@ class Toxic:
     def __init__(self, *directions: Direction) -> None:
         self.directions = directions or (UP, DOWN)
         self.hits = 0
+        self._before: dict[Connection, dict[Direction, int]] = {}
+
+    def added(self, connections: Iterable[Connection]) -> None:
+        """Bytes are counted from now on, on these too."""
+        self._before.update({one: dict(one.num_bytes) for one in connections})
+
+    def num_passed(self, connection: Connection, way: Direction) -> int:
+        return connection.num_bytes[way] - self._before.get(connection, {way: 0})[way]
 
     def delay_s(self, num_bytes: int) -> float:
         """How much later these bytes arrive; what comes after them is not held up by it."""
@@ -69,7 +78,7 @@ class Toxic:
         return 0.0
 
     def apply(self, parts: list[bytes], connection: Connection, way: Direction) -> list[bytes]:
-        """What arrives instead. Its first byte is number `connection.num_bytes[way]`."""
+        """What arrives instead. Its first byte is number `num_passed(connection, way)`."""
         return parts
 
 
@@ -123,7 +132,7 @@ class _After(Toxic):
         self._times = times  # connections in all
 
     def apply(self, parts: list[bytes], connection: Connection, way: Direction) -> list[bytes]:
-        begin = connection.num_bytes[way]
+        begin = self.num_passed(connection, way)
         data = b"".join(parts)
         if begin + len(data) <= self._after_bytes or self.hits >= self._times:
             return parts
@@ -160,7 +169,7 @@ class Drop(Toxic):
         self._after_bytes = after_bytes
 
     def apply(self, parts: list[bytes], connection: Connection, way: Direction) -> list[bytes]:
-        if connection.num_bytes[way] < self._after_bytes:
+        if self.num_passed(connection, way) < self._after_bytes:
             return parts
         connection.swallows.add(way)
         self.hits += 1
@@ -189,7 +198,7 @@ class BitFlip(Toxic):
         return self._rng.randint(1, 2 * self._every_bytes)
 
     def apply(self, parts: list[bytes], connection: Connection, way: Direction) -> list[bytes]:
-        data, begin = bytearray(b"".join(parts)), connection.num_bytes[way]
+        data, begin = bytearray(b"".join(parts)), self.num_passed(connection, way)
         at = self._next.get((connection, way), self._after_bytes + self._draw())
         while at < begin + len(data) and self.hits < self._times:
             if at >= begin:
@@ -247,6 +256,8 @@ class FaultProxy:
         return f"{self.host}:{self.port}"
 
     def add(self, toxic: Toxic) -> Toxic:
+        """One toxic may be added to several proxies."""
+        toxic.added(self.connections)
         self.toxics.append(toxic)
         return toxic
 
@@ -268,13 +279,13 @@ class FaultProxy:
             sock = writer.get_extra_info("socket")
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = Connection(client, server)
-        is_poisoned = await asyncio.to_thread(self._only, connection)
+        connection.is_poisoned = await asyncio.to_thread(self._only, connection)
         self.connections.add(connection)
-        self.num_accepted += is_poisoned
+        self.num_accepted += connection.is_poisoned
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._flow(connection, UP, reader, server, is_poisoned))
-                group.create_task(self._flow(connection, DOWN, answers, client, is_poisoned))
+                group.create_task(self._flow(connection, UP, reader, server))
+                group.create_task(self._flow(connection, DOWN, answers, client))
         finally:
             self.connections.discard(connection)
             connection.close()
@@ -285,7 +296,6 @@ class FaultProxy:
         way: Direction,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        is_poisoned: bool,
     ) -> None:
         """Reads as fast as data comes, so that latency delays and does not slow down; at most
         `_QUEUE` chunks."""
@@ -294,7 +304,7 @@ class FaultProxy:
         try:
             while data := await reader.read(READ_BYTES):
                 delay_s, parts = 0.0, [data]
-                if is_poisoned:
+                if connection.is_poisoned:
                     delay_s, parts = await self._poison(data, connection, way)
                 due_s = asyncio.get_running_loop().time() + delay_s
                 await queue.put((due_s, parts))

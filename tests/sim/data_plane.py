@@ -89,6 +89,7 @@ class Reader:
         self._ended = False
         self._stopping = False
         self._busy = False  # the transfer thread packs a frame
+        self._swapped: bytes | None = None
 
     # from the consumer
 
@@ -120,6 +121,7 @@ class Reader:
     def granted(self, grant: AttachGranted) -> None:
         del self.worker.readers_by_key[self.key]
         assert self.fetch is not None
+        self.worker.passes("attach")
         self.leg, self.epoch, self.block_ids = grant.leg, grant.epoch, grant.block_ids
         self._ready, self._first_tokens = grant.ready, grant.first_tokens
         self._writer = FrameWriter(grant.epoch)
@@ -181,8 +183,11 @@ class Reader:
             self._close()
             return
         self._in_flight += 1
+        self.worker.passes("frame sent")
         data = b"".join(bytes(part) for part in frame)
-        self.conn.send(1, ("frame", self.worker.fleet.maybe_corrupt(data), cursor.num_tokens))
+        frames, self._swapped = self.worker.fleet.disturb(data, self._swapped)
+        for each in frames:
+            self.conn.send(1, ("frame", each, cursor.num_tokens))
         self._pump()
 
     def _end_payload(self) -> bytes:
@@ -256,6 +261,7 @@ class Writer:
     def _write(self) -> None:
         """On the transfer thread: a write that has begun is finished, whatever was decided."""
         self._busy = False
+        self.worker.passes("frame")
         data, num_tokens = self._frames.pop(0)
         self.worker.check_writer(self)
         try:
@@ -276,6 +282,7 @@ class Writer:
 
     def _complete(self) -> None:
         worker, importer = self.worker, self._importer
+        worker.passes("fetched")
         assert self.conn is not None
         self.conn.send(0, ("done",))
         self.conn.close(0)

@@ -1,6 +1,6 @@
 """A whole fleet and its schedule of requests and faults, drawn from one seed."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,7 +11,7 @@ from baton.types import BlockHash, Request, Role, SamplingParams
 from tests.sim.gateway import SimGateway
 from tests.sim.oracle import Client, expected_output
 from tests.sim.worker import EOS, MAX_MODEL_LEN, VOCAB_SIZE, SimWorker, WorkerSpec
-from tests.sim.world import Conn, Node, World, crash
+from tests.sim.world import Conn, Died, Node, World, crash
 
 MAX_EVENTS = 50_000  # a schedule takes some hundreds
 PATIENCE_MS = 90_000.0  # virtual time after the last fault in which everything must have ended
@@ -33,6 +33,7 @@ class Stats:
     faults: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
     messages: Counter[str] = field(default_factory=Counter)
+    steps: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,17 @@ class Plan:
 
     is_calm: bool = False
     num_corrupt: int = 0  # frames to corrupt in any case
+    strike: tuple[str, str] | None = None  # (step, "crash" or "pause"): whoever passes it first
     fault_window_ms: float = 150.0
 
 
+# Where `strike` may be: messages that a worker gets or is about to send, and steps of a fetch.
+STEPS = (
+    *("Submit", "Bind", "Rebind", "ComputeLocally", "Abort", "Release"),
+    *("Queued", "Admitted", "Progress", "NoRoom", "Bound", "Imported", "KvFailed", "LeaseLost"),
+    *("TokenChunk", "attach", "frame sent", "frame", "fetched"),
+)
+DISTURBANCES = ("flip", "truncate", "lose", "duplicate", "swap", "replay")
 CALM = Plan(is_calm=True, fault_window_ms=0.0)
 _CALM_START_MS = 60.0  # every session is up
 _ECHO_MS = 400.0  # when a calm fleet is at rest again, and the first prompt comes once more
@@ -62,7 +71,9 @@ class SimFleet:
         self.world = World(seed, trace)
         self.plan = plan or Plan()
         self.stats = Stats()
-        self._num_to_corrupt = self.plan.num_corrupt
+        self._disturbances = deque(["flip"] * self.plan.num_corrupt)
+        self._old_frames: deque[bytes] = deque(maxlen=8)
+        self._strikes: dict[str, str] = dict([self.plan.strike] if self.plan.strike else [])
         rng = self.world.rng
         self.model = NullModel(VOCAB_SIZE, EOS, eos_rate=rng.choice([0.0, 0.03, 0.2]))
         self.workers: dict[str, SimWorker] = {}
@@ -163,13 +174,15 @@ class SimFleet:
 
     def schedule_faults(self) -> None:
         rng = self.world.rng
-        self._num_to_corrupt += rng.choice([0, 0, 0, 0, 1, 2])
+        self._draw_disturbances(rng.choice([0, 0, 0, 0, 1, 2]))
+        faults = ["crash", "pause", "cut", "corrupt", "raise", "evict", "drain", "gateway", "step"]
         for _ in range(rng.choice([0, 1, 1, 2, 3, 4])):
-            fault = rng.choice(
-                ["crash", "pause", "cut", "corrupt", "raise", "evict", "drain", "gateway"]
-            )
+            fault = rng.choice(faults)
             at = rng.random() * self.plan.fault_window_ms
             self.world.after(at, None, getattr(self, f"_fault_{fault}"))
+
+    def _draw_disturbances(self, count: int) -> None:
+        self._disturbances.extend(self.world.rng.choice(DISTURBANCES) for _ in range(count))
 
     # ── faults ───────────────────────────────────────────────────────────────────────────────────
 
@@ -180,10 +193,33 @@ class SimFleet:
         worker = self._pick(self.workers)
         if worker.is_alive:
             self._count("crash", worker.name)
-            crash(worker)
-            self._drop_prefixes(worker)
-            delay = self.world.rng.choice([5.0, 300.0, 3_000.0])
-            self.world.after(delay, None, self._restart, worker)
+            self._crash(worker)
+
+    def _crash(self, worker: SimWorker) -> None:
+        crash(worker)
+        self._drop_prefixes(worker)
+        delay = self.world.rng.choice([5.0, 300.0, 3_000.0])
+        self.world.after(delay, None, self._restart, worker)
+
+    def _fault_step(self) -> None:
+        rng = self.world.rng
+        self._strikes[rng.choice(STEPS)] = rng.choice(["crash", "pause"])
+
+    def strike(self, worker: SimWorker, step: str) -> None:
+        """The worker is at this step.
+
+        Raises:
+            Died: it ends here.
+        """
+        how = self._strikes.pop(step, None)
+        if how is None:
+            return
+        self.stats.steps[f"{how} at {step}"] += 1
+        self._count("step", f"{worker.name} {how} at {step}")
+        if how == "crash":
+            self._crash(worker)
+            raise Died
+        worker.paused_until = self.world.now + self.world.rng.choice([20.0, 500.0, 4_000.0])
 
     def _restart(self, node: SimWorker | SimGateway) -> None:
         self.world.log(node.name, "starts again")
@@ -217,7 +253,7 @@ class SimFleet:
             conn.cut(told)
 
     def _fault_corrupt(self) -> None:
-        self._num_to_corrupt += self.world.rng.choice([1, 2])
+        self._draw_disturbances(self.world.rng.choice([1, 2]))
 
     def _fault_raise(self) -> None:
         worker = self._pick(self.workers)
@@ -252,17 +288,36 @@ class SimFleet:
         self.stats.faults[kind] += 1
         self.stats.num_breaks += 1
 
-    def maybe_corrupt(self, data: bytes) -> bytes:
-        """One bit of the next frame, if one is due."""
-        if self._num_to_corrupt == 0:
-            return data
-        self._num_to_corrupt -= 1
+    def disturb(self, data: bytes, swapped: bytes | None) -> tuple[list[bytes], bytes | None]:
+        """What becomes of the next frame: (frames to send now, one to send after the next)."""
+        after = [] if swapped is None else [swapped]
+        kind = self._disturbances.popleft() if self._disturbances else None
+        replayed = list(self._old_frames)[:1]
+        self._old_frames.append(data)
+        if kind is None or (kind == "replay" and not replayed):
+            return [data, *after], None
         self.stats.num_corrupted += 1
         self.stats.faults["corrupt"] += 1
+        self.stats.faults[kind] += 1
+        self.world.log("----", f"{kind} a frame of {len(data)} bytes")
+        match kind:
+            case "flip":
+                return [self._flip(data), *after], None
+            case "truncate":
+                return [data[: self.world.rng.randrange(len(data))], *after], None
+            case "lose":
+                return after, None
+            case "duplicate":
+                return [data, data, *after], None
+            case "swap":
+                return after, data
+            case _:
+                return [*replayed, data, *after], None
+
+    def _flip(self, data: bytes) -> bytes:
         position = self.world.rng.randrange(len(data) * 8)
         flipped = bytearray(data)
         flipped[position // 8] ^= 1 << position % 8
-        self.world.log("----", f"corrupt bit {position} of {len(data)} bytes")
         return bytes(flipped)
 
     # ── locality ─────────────────────────────────────────────────────────────────────────────────

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from baton.gateway.request_machine import RequestMachine
-from tests.sim.fleet import CALM, Plan, SimFleet
+from tests.sim.fleet import CALM, STEPS, Plan, SimFleet
 from tests.sim.mutations import MUTATIONS
 from tests.sim.search import Result, run_seeds, search
 
@@ -30,7 +30,8 @@ def check_exercised(result: Result) -> None:
     kinds = "Submit Bind Rebind ComputeLocally Abort Release Queued Admitted Progress NoRoom Bound"
     kinds += " Imported KvFailed Failed LeaseLost TokenChunk"
     assert not set(kinds.split()) - set(stats.messages)
-    faults = "crash pause cut corrupt raise evict drain gateway"
+    faults = "crash pause cut corrupt raise evict drain gateway step"
+    faults += " flip truncate lose duplicate swap replay"
     assert not set(faults.split()) - set(stats.faults)
     served = stats.outcomes["ok"] / stats.outcomes.total()
     assert served > 0.7, stats.outcomes
@@ -44,6 +45,21 @@ def test_schedules_with_faults() -> None:
 @pytest.mark.timeout(900)
 def test_ten_thousand_schedules_with_faults() -> None:
     check_exercised(search(range(10_000), JOBS))
+
+
+@pytest.mark.parametrize("how", ["crash", "pause"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_worker_is_struck_at_every_step(step: str, how: str) -> None:
+    """Whoever passes it first: over the schedules that is each side."""
+    plan = Plan(strike=(step, how))
+    struck = 0
+    for first in range(0, 400, 4):
+        result = run_seeds(range(first, first + 4), plan)
+        assert not result.failures, explain(result)
+        struck += result.stats.steps[f"{how} at {step}"]
+        if struck >= 4:
+            return
+    raise AssertionError(f"struck only {struck} times at {step}")
 
 
 def test_calm_schedules_waste_nothing() -> None:

@@ -23,6 +23,7 @@ from baton.kvtransfer.effects import (
 )
 from baton.kvtransfer.ticket import TicketKeyring
 from baton.latency import LatencyModel
+from baton.messages import StepBatch
 from baton.types import (
     BlockId,
     KVGroup,
@@ -116,6 +117,7 @@ class _GatewayEnd:
 
     def received(self, message: Any) -> None:
         worker = self._worker
+        worker.passes(type(message).__name__)
         worker.carry_out(worker.machine.receive(self._session, message, worker.world.now_ms))
 
     def closed(self, reason: str) -> None:
@@ -226,6 +228,14 @@ class SimWorker(Node):
     def hand_over(self) -> None:
         self.carry_out(self.machine.hand_over(self.world.now_ms))
 
+    def passes(self, step: str) -> None:
+        """A place where a test may strike.
+
+        Raises:
+            Died: it did.
+        """
+        self.fleet.strike(self, step)
+
     def next_key(self) -> int:
         self._num_keys += 1
         return self._num_keys
@@ -250,6 +260,8 @@ class SimWorker(Node):
     def _carry_out_one(self, effect: Effect) -> None:
         match effect:
             case Send(session, message):
+                for item in message.messages if isinstance(message, StepBatch) else ():
+                    self.passes(type(item).__name__)
                 if session in self.sessions:
                     self.sessions[session].send(1, message)
             case CloseSession(session, _, detail):

@@ -8,6 +8,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 
+class Died(Exception):
+    """Raised in the middle of an event of a node that has just crashed."""
+
+
 class Node:
     """Something that runs. A crash ends its life: whatever was scheduled for it is void."""
 
@@ -68,8 +72,12 @@ class World:
                 event = (node.paused_until, seq, node, life, call, args)
                 heapq.heappush(self._events, event)
                 return True
-            call(*args)
-            node.check()
+            try:
+                call(*args)
+            except Died:
+                assert not node.is_alive
+            else:
+                node.check()
         self.num_events += 1
         return True
 

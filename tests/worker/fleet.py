@@ -10,6 +10,7 @@ from baton.engine.core import EngineCore
 from baton.engine.events import LegPreempted, StepOutput
 from baton.engine.runner import ModelRunner
 from baton.errors import Cause
+from baton.kvtransfer.base import Transport
 from baton.kvtransfer.local import LocalNetwork, LocalTransport
 from baton.kvtransfer.memory import KVMemory
 from baton.messages import (
@@ -141,11 +142,13 @@ async def start_worker(
     name: str,
     runner: ModelRunner,
     policy: WorkerPolicy | None = None,
+    transport: Transport | None = None,
     **engine_options: object,
 ) -> LocalWorker:
     core = make_core(runner, **engine_options)
     layout = runner.kv_cache.layout
-    plane = DataPlane(KVMemory(runner.kv_cache.tensor, layout), [LocalTransport(network, name)])
+    transport = transport or LocalTransport(network, name)
+    plane = DataPlane(KVMemory(runner.kv_cache.tensor, layout), [transport])
     info = WorkerInfo(
         worker_id=name,
         incarnation=name.encode().ljust(16)[:16],
