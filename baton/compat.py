@@ -2,7 +2,10 @@
 both ends of a fetch, so that all three agree."""
 
 from baton.errors import Cause
+from baton.heads import tp_conflict
 from baton.types import KVLayout, WorkerInfo
+
+HEAD_SLICES = "head-slices"  # capability: fetches name heads, and fill one pool from several ranks
 
 
 def layout_conflict(source: KVLayout, target: KVLayout) -> str | None:
@@ -14,6 +17,10 @@ def layout_conflict(source: KVLayout, target: KVLayout) -> str | None:
             a, b = getattr(ours, name), getattr(theirs, name)
             if a != b:
                 return f"KV group {index}: {name} {a} against {b}"
+        for layout in (source, target):
+            conflict = tp_conflict(ours.num_kv_heads, layout.tp_size)
+            if conflict is not None:
+                return f"KV group {index}: {conflict}"
     return None
 
 
@@ -28,4 +35,7 @@ def pair_conflict(producer: WorkerInfo, consumer: WorkerInfo) -> tuple[Cause, st
     conflict = layout_conflict(producer.layout, consumer.layout)
     if conflict is not None:
         return Cause.LAYOUT_INCOMPATIBLE, conflict
+    sizes = producer.layout.tp_size, consumer.layout.tp_size
+    if sizes != (1, 1) and HEAD_SLICES not in producer.capabilities & consumer.capabilities:
+        return Cause.UNSUPPORTED, f"{sizes[0]} ranks against {sizes[1]} without {HEAD_SLICES}"
     return None

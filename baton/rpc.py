@@ -2,12 +2,12 @@
 `Cause` and gRPC status.
 
     connection = connect("10.0.0.5:9000", token)
-    call = WorkerStub(connection.channel).Session(metadata=connection.metadata)
+    call = KVStub(connection.channel).Inventory(request, metadata=connection.metadata)
 
     server = RpcServer(token)
-    add_WorkerServicer_to_server(servicer, server.grpc)
+    add_KVServicer_to_server(servicer, server.grpc)
     port = server.bind("127.0.0.1", 0)
-    await server.start(services=["baton.v1.Worker"])
+    await server.start(services=["baton.v1.KV"])
     ...
     await server.stop(grace_s=5)
 

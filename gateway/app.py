@@ -1,6 +1,7 @@
 """The ASGI application: routes, the one exception handler, the layer of limits in front."""
 
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
@@ -61,8 +62,9 @@ def create_app(context: Context, lifespan: Lifespan = _nothing) -> FastAPI:
     app.include_router(models.models_router(context))
     app.include_router(cluster.cluster_router(context))
     _add_probes(app, context)
+    on_exception = _exception_handler(context)
     for kind in (BatonError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
-        app.add_exception_handler(kind, _on_exception)
+        app.add_exception_handler(kind, on_exception)
     if context.settings.metrics_compat == "vllm":
         _count_http(app, context)
     keys = [key.get_secret_value() for key in context.settings.api_key]
@@ -86,11 +88,20 @@ def _count_http(app: FastAPI, context: Context) -> None:
     ).instrument(app)
 
 
-async def _on_exception(request: Request, error: Exception) -> Response:
-    request_id = request.state.request_id
-    response = api_error(error, request_id).response()
-    response.headers["X-Request-Id"] = request_id  # a 500 is sent from outside the layer of limits
-    return response
+def _exception_handler(
+    context: Context,
+) -> Callable[[Request, Exception], Coroutine[None, None, Response]]:
+    async def on_exception(request: Request, error: Exception) -> Response:
+        request_id = request.state.request_id
+        response = api_error(error, request_id).response()
+        # A 500 is sent from outside the layer of limits.
+        response.headers["X-Request-Id"] = request_id
+        if isinstance(error, BatonError) and response.status_code in (429, 503):
+            wait_s = context.inflight.retry_after_s(error.cause, time.monotonic())
+            response.headers["Retry-After"] = str(wait_s)
+        return response
+
+    return on_exception
 
 
 def _add_probes(app: FastAPI, context: Context) -> None:

@@ -15,6 +15,8 @@ from baton.config import LimitSettings
 from baton.errors import BatonError, InvalidRequest
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_ONE_KIND = bytes.maketrans(b"{}", b"[]")
+_MAX_BYTES_AT_ONCE = 256 * 2**10  # of JSON that is parsed without letting anybody else run
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -50,11 +52,13 @@ def _check_depth(body: bytes, max_depth: int) -> None:
     """Before parsing, since the parser recurses."""
     if body.count(b"[") + body.count(b"{") <= max_depth:
         return
-    depth = 0
-    for byte in _STRING.sub(b"", body).translate(None, _NOT_BRACKETS):
-        depth += 1 if byte in b"[{" else -1
-        if depth > max_depth:
-            raise InvalidRequest(f"The body is nested deeper than {max_depth} levels.")
+    brackets = _STRING.sub(b"", body).translate(_ONE_KIND, _NOT_BRACKETS)
+    for _ in range(max_depth):  # each pass takes the innermost level away
+        if not brackets:
+            return
+        brackets = brackets.replace(b"[]", b"")
+    if b"[]" in brackets or brackets.count(b"[") > max_depth:
+        raise InvalidRequest(f"The body is nested deeper than {max_depth} levels.")
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -76,12 +80,13 @@ class _JsonRequest(Request):
             async with asyncio.timeout(limits.body_timeout_s):
                 body = await self.body()
         except TimeoutError:
-            raise HTTPException(
-                408, "The body did not arrive in time.", {"Connection": "close"}
-            ) from None
+            raise HTTPException(408, "The body did not arrive in time.") from None
         if not body:
             raise InvalidRequest("The body is empty.")
-        self._parsed = parse_json(body, limits.max_json_depth)
+        if len(body) > _MAX_BYTES_AT_ONCE:
+            self._parsed = await asyncio.to_thread(parse_json, body, limits.max_json_depth)
+        else:
+            self._parsed = parse_json(body, limits.max_json_depth)
 
     async def json(self) -> Any:
         return self._parsed

@@ -17,9 +17,9 @@ from starlette.requests import ClientDisconnect
 from baton.errors import BatonError, Cause, Fault
 
 _MAX_MESSAGE_CHARS = 1000
-RETRY_AFTER_S = 1
 
 _STATUS_CODES = {
+    400: "bad_request",
     404: "unknown_url",
     405: "method_not_allowed",
     408: "request_timeout",
@@ -110,11 +110,7 @@ def _from_baton_error(error: BatonError, request_id: str) -> ApiError:
         message = f"A worker failed ({cause.name.lower()}). The same request may work now."
     else:
         message = f"Internal error. Request id: {request_id}"
-    headers: dict[str, str] = {}
-    if cause.http_status in (429, 503):
-        headers["Retry-After"] = str(RETRY_AFTER_S)
-    elif cause is Cause.UNAUTHENTICATED:
-        headers["WWW-Authenticate"] = "Bearer"
+    headers = {"WWW-Authenticate": "Bearer"} if cause is Cause.UNAUTHENTICATED else {}
     code = _CAUSE_CODES.get(cause, cause.name.lower())
     return ApiError(cause.http_status, message, error.param, code, headers)
 

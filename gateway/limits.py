@@ -4,11 +4,13 @@ In this order: size of the headers, framing, key, media type, declared length. T
 are counted while the application reads them. Every answer carries `X-Request-Id`.
 """
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -24,6 +26,7 @@ OPEN_PATHS = frozenset(
 )
 _UNSAFE_ID_CHARS = re.compile(r"[^A-Za-z0-9._:-]")
 _MAX_ID_CHARS = 128
+_LINGER_S = 1.0
 
 
 class Keys:
@@ -54,6 +57,7 @@ class Guard:
         self._app = app
         self._limits = limits
         self._keys = Keys(keys)
+        self._num_buffered_bytes = 0  # of all bodies that are being read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -63,20 +67,32 @@ class Guard:
         request_id = _request_id(headers.get("x-request-id"))
         scope.setdefault("state", {})["request_id"] = request_id
 
+        body = _Body(receive, self._limits, self._buffer)
+
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                answer = MutableHeaders(scope=message)
+                answer["X-Request-Id"] = request_id
+                if not body.is_complete:  # nor will it be
+                    answer["Connection"] = "close"
+            elif not message.get("more_body", False) and not body.is_complete:
+                await send({**message, "more_body": True})
+                if "expect" not in headers:
+                    await body.discard()
+                message = {"type": "http.response.body"}
             await send(message)
 
         try:
             self._check(scope, headers)
         except (BatonError, HTTPException) as error:
             response = api_error(error, request_id).response()
-            # The body was not read and will not be.
-            response.headers["Connection"] = "close"
             await response(scope, receive, send_with_id)
             return
-        await self._app(scope, self._counted(receive), send_with_id)
+        body.is_complete = not _has_body(headers)
+        try:
+            await self._app(scope, body.receive, send_with_id)
+        finally:
+            body.release()
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         limits = self._limits
@@ -92,25 +108,74 @@ class Guard:
         declared = int(lengths[0]) if lengths and lengths[0].isdecimal() else 0
         if declared > limits.max_body_bytes:
             raise HTTPException(413, f"The body may have {limits.max_body_bytes} bytes at most.")
-        if declared or chunked:
+        if _has_body(headers):
             _check_media_type(headers)
 
-    def _counted(self, receive: Receive) -> Receive:
-        left = self._limits.max_body_bytes
+    def _buffer(self, num_bytes: int) -> None:
+        """
+        Raises:
+            BatonError: OVERLOADED, all bodies together are too much.
+        """
+        num_held = self._num_buffered_bytes + num_bytes
+        if num_bytes > 0 and num_held > self._limits.max_buffered_body_bytes:
+            raise BatonError(Cause.OVERLOADED, "Too many large bodies are being read.")
+        self._num_buffered_bytes = num_held
 
-        async def counted() -> Message:
-            nonlocal left
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
-                raise HTTPException(
-                    413,
-                    f"The body may have {self._limits.max_body_bytes} bytes at most.",
-                    {"Connection": "close"},
-                )
-            return message
 
-        return counted
+class _Body:
+    """Counts a body's bytes while the application reads them.
+
+    `buffer` is told what is held, and with a negative number what is held no more: once the
+    application listens again after the last byte, it has made something else of them.
+    """
+
+    def __init__(
+        self, receive: Receive, limits: LimitSettings, buffer: Callable[[int], None]
+    ) -> None:
+        self.is_complete = False
+        self._receive = receive
+        self._max_bytes = limits.max_body_bytes
+        self._buffer = buffer
+        self._num_bytes = 0
+        self._num_held = 0
+
+    async def receive(self) -> Message:
+        """
+        Raises:
+            HTTPException: 413.
+            BatonError: OVERLOADED.
+        """
+        if self.is_complete:
+            self.release()
+        message = await self._receive()
+        num_bytes = len(message.get("body", b""))
+        self._num_bytes += num_bytes
+        if self._num_bytes > self._max_bytes:
+            raise HTTPException(413, f"The body may have {self._max_bytes} bytes at most.")
+        if message["type"] == "http.request":
+            self._buffer(num_bytes)
+            self._num_held += num_bytes
+            self.is_complete = not message.get("more_body", False)
+        return message
+
+    async def discard(self) -> None:
+        """For a while, so that a client which is still writing gets to read its answer."""
+        num_left = 2 * self._max_bytes
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_S):
+                while not self.is_complete and num_left > 0:
+                    message = await self._receive()
+                    num_left -= len(message.get("body", b""))
+                    self.is_complete = not message.get("more_body", False)
+
+    def release(self) -> None:
+        """Idempotent."""
+        self._buffer(-self._num_held)
+        self._num_held = 0
+
+
+def _has_body(headers: Headers) -> bool:
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 def _check_media_type(headers: Headers) -> None:

@@ -1,7 +1,7 @@
 """`baton gateway`: tokenizer, routing side and HTTP in one process, and its orderly end.
 
 The first signal drains: /health turns red, the listening socket closes, open answers go on until
-`--drain-timeout-s`. A second one ends the process at once.
+`--drain-timeout-s` and are then told so. A second one ends the process at once.
 """
 
 import asyncio
@@ -9,6 +9,7 @@ import logging
 import math
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from types import FrameType
@@ -17,11 +18,13 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from baton.config import GatewayConfig
+from baton.config import GatewayConfig, LimitSettings
+from baton.errors import BatonError, Cause
 from baton.gateway.app import create_app
 from baton.gateway.context import Context
 from baton.gateway.defaults import SamplingDefaults
 from baton.gateway.orchestrate import Orchestrator
+from baton.gateway.protocol import http_protocol
 from baton.telemetry import GatewayMetrics
 from baton.text import Tokenizer, TokenizerPool
 from baton.vllm_metrics import VllmMetrics
@@ -30,6 +33,7 @@ log = logging.getLogger(__name__)
 
 IDLE_CONNECTION_S = 60
 BACKLOG = 2048
+LAST_WORDS_S = 2  # for answers that the drain cut to say so
 
 
 def run(config: GatewayConfig) -> int:
@@ -93,22 +97,45 @@ async def _serve(
     registry = CollectorRegistry()
     vllm = VllmMetrics(registry) if config.metrics_compat == "vllm" else None
     metrics = GatewayMetrics(registry, vllm)
-    app = create_app(Context(orchestrator, pool, config, metrics, config, defaults), lifespan)
-    server = Server(app, config.drain_timeout_s, on_drain=orchestrator.drain)
+    context = Context(orchestrator, pool, config, metrics, config, defaults)
+    server = Server(
+        create_app(context, lifespan),
+        config,
+        config.drain_timeout_s,
+        on_drain=lambda: _drain(context, orchestrator),
+        on_deadline=lambda: context.inflight.fail_all(_CUT),
+    )
     host, port = listener.getsockname()[:2]
     log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     await server.serve([listener])
     return 0
 
 
+_CUT = BatonError(Cause.DRAINING, "The gateway was shut down before the answer was complete.")
+
+
+def _drain(context: Context, orchestrator: Orchestrator) -> None:
+    orchestrator.drain()
+    context.inflight.drains_until(time.monotonic() + context.settings.drain_timeout_s)
+
+
 class Server(uvicorn.Server):
     """uvicorn with our signals: the first drains, the second ends at once."""
 
-    def __init__(self, app: FastAPI, drain_timeout_s: float, on_drain: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        limits: LimitSettings,
+        drain_timeout_s: float,
+        *,
+        on_drain: Callable[[], None],
+        on_deadline: Callable[[], None],
+    ) -> None:
+        """`on_deadline` ends what is still open after `drain_timeout_s`."""
         super().__init__(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=http_protocol(limits),
                 ws="none",
                 lifespan="on",
                 log_config=None,
@@ -116,11 +143,12 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=IDLE_CONNECTION_S,
-                timeout_graceful_shutdown=math.ceil(drain_timeout_s),
+                timeout_graceful_shutdown=math.ceil(drain_timeout_s + LAST_WORDS_S),
             )
         )
+        self._drain_timeout_s = drain_timeout_s
         self._on_drain = on_drain
-
+        self._on_deadline = on_deadline
         self._serving: asyncio.Task[None] | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
@@ -137,6 +165,8 @@ class Server(uvicorn.Server):
             log.info("%s: draining", name)
             self.should_exit = True
             self._on_drain()
+            loop = asyncio.get_running_loop()
+            loop.call_later(self._drain_timeout_s, self._on_deadline)
         elif not self.force_exit:
             log.info("%s again: ending now", name)
             self.force_exit = True

@@ -17,8 +17,9 @@ import grpc
 from baton.errors import BatonError, Cause
 from baton.messages import GatewayMessage, Heartbeat, Hello, StepBatch
 from baton.rpc import ClusterToken, connect, to_baton_error
+from baton.session_wire import open_session
 from baton.types import PROTOCOL_MAJOR, BlockHash, WorkerInfo
-from baton.v1 import kv_pb2, kv_pb2_grpc, worker_pb2_grpc
+from baton.v1 import kv_pb2, kv_pb2_grpc
 from baton.wire import gateway_message_to_pb, worker_message_from_pb
 
 log = logging.getLogger(__name__)
@@ -102,8 +103,7 @@ class WorkerSession:
     async def _serve(self) -> tuple[bool, str]:
         """One stream, from connecting to its end: (was it up, why did it end)."""
         connection = connect(self.info.address, self._token)
-        stub = worker_pb2_grpc.WorkerStub(connection.channel)  # type: ignore[no-untyped-call]
-        call = stub.Session(metadata=connection.metadata)
+        call: SessionCall = open_session(connection)
         self._dropped = asyncio.get_running_loop().create_future()
         self._outgoing = asyncio.Queue(self._config.max_outgoing)
         tasks = [

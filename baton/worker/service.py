@@ -10,8 +10,9 @@ import grpc
 from baton import wire
 from baton.errors import BatonError, Cause
 from baton.messages import WorkerMessage
+from baton.session_wire import SERVICE, serve_sessions
 from baton.types import BlockHash
-from baton.v1 import kv_pb2, worker_pb2
+from baton.v1 import kv_pb2
 from baton.worker.effects import SessionId
 from baton.worker.runtime import WorkerRuntime
 
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 MAX_UNSENT = 1024  # batches; a gateway that reads none of them has lost its session
 FLUSH_S = 1.0  # for the last words to gateways that read
 INVENTORY_CHUNK = 4096  # hashes in one message
-SERVICES = ("baton.v1.Worker", "baton.v1.KV")
+SERVICES = (SERVICE, "baton.v1.KV")
 
 Inventory = Callable[[], tuple[int, list[BlockHash]]]
 
@@ -63,21 +64,14 @@ class WorkerService:
         self._ports: set[StreamPort] = set()
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        session = grpc.stream_stream_rpc_method_handler(
-            self._session,
-            worker_pb2.GatewayMessage.FromString,
-            worker_pb2.WorkerMessage.SerializeToString,
-        )
+        serve_sessions(server, self._session)
         inventory = grpc.unary_stream_rpc_method_handler(
             self._send_inventory,
             kv_pb2.InventoryRequest.FromString,
             kv_pb2.InventoryReply.SerializeToString,
         )
         server.add_generic_rpc_handlers(
-            (
-                grpc.method_handlers_generic_handler(SERVICES[0], {"Session": session}),
-                grpc.method_handlers_generic_handler(SERVICES[1], {"Inventory": inventory}),
-            )
+            (grpc.method_handlers_generic_handler(SERVICES[1], {"Inventory": inventory}),)
         )
 
     async def close(self) -> None:

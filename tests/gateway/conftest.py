@@ -17,6 +17,7 @@ from baton.gateway.app import create_app
 from baton.gateway.backend import ServedModel
 from baton.gateway.context import Context
 from baton.gateway.defaults import SamplingDefaults
+from baton.gateway.protocol import http_protocol
 from baton.telemetry import GatewayMetrics
 from baton.text import Tokenizer, TokenizerPool
 from baton.types import Request
@@ -101,11 +102,12 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
-async def server(app: FastAPI) -> AsyncIterator[str]:
+async def server(app: FastAPI, limits: LimitSettings) -> AsyncIterator[str]:
     """The application behind a real uvicorn; gives "host:port"."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    uvicorn_server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    config = uvicorn.Config(app, log_level="warning", http=http_protocol(limits), ws="none")
+    uvicorn_server = uvicorn.Server(config)
     running = asyncio.create_task(uvicorn_server._serve([listener]))
     while not uvicorn_server.started:
         await asyncio.sleep(0.01)

@@ -21,6 +21,7 @@ from baton.messages import (
     WorkerMessage,
 )
 from baton.rpc import ClusterToken, RpcServer
+from baton.session_wire import serve_sessions
 from baton.types import (
     BlockHash,
     FinishReason,
@@ -32,7 +33,7 @@ from baton.types import (
     WorkerInfo,
     WorkerSnapshot,
 )
-from baton.v1 import kv_pb2, kv_pb2_grpc, worker_pb2_grpc
+from baton.v1 import kv_pb2, kv_pb2_grpc
 from baton.wire import gateway_message_from_pb, worker_message_to_pb
 from tests.gateway.support import ticket, worker_info
 
@@ -43,7 +44,7 @@ def token(index: int) -> int:
     return index + 10
 
 
-class ScriptedWorker(worker_pb2_grpc.WorkerServicer, kv_pb2_grpc.KVServicer):
+class ScriptedWorker(kv_pb2_grpc.KVServicer):
     """`hold`: legs begin, but bring tokens only once it is set. `is_silent`: it says nothing."""
 
     def __init__(self, worker_id: str, role: Role) -> None:
@@ -61,11 +62,8 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServicer, kv_pb2_grpc.KVServicer):
 
     async def start(self, port: int = 0) -> None:
         server = self._server = RpcServer(ClusterToken())
-        for add in (
-            worker_pb2_grpc.add_WorkerServicer_to_server,
-            kv_pb2_grpc.add_KVServicer_to_server,
-        ):
-            add(self, server.grpc)  # type: ignore[no-untyped-call]
+        serve_sessions(server.grpc, self.session)
+        kv_pb2_grpc.add_KVServicer_to_server(self, server.grpc)  # type: ignore[no-untyped-call]
         port = server.bind("127.0.0.1", port)
         self.info = replace(self.info, address=f"127.0.0.1:{port}")
         await server.start()
@@ -81,7 +79,7 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServicer, kv_pb2_grpc.KVServicer):
             await self._server.stop(grace_s=0)
             self._server = None
 
-    async def Session(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+    async def session(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         self.num_sessions += 1
         self._out = asyncio.Queue()
         reader = asyncio.create_task(self._read(requests))

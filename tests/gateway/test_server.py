@@ -1,6 +1,7 @@
 """The server's life: a port that is taken, draining, being told twice."""
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -13,9 +14,11 @@ import pytest
 from fastapi import FastAPI
 
 from baton.config import GatewayConfig
+from baton.errors import BatonError, Cause
+from baton.gateway.context import Context
 from baton.gateway.server import Server, listen, run
 from tests.gateway.fakes import FakeBackend, Script
-from tests.gateway.test_errors import COMPLETIONS
+from tests.gateway.test_errors import COMPLETIONS, error_of
 
 
 @dataclass
@@ -34,12 +37,20 @@ async def accepts(url: str) -> bool:
 
 
 @asynccontextmanager
-async def running(app: FastAPI, backend: FakeBackend, drain_s: float) -> AsyncIterator[Running]:
+async def running(
+    app: FastAPI, context: Context, backend: FakeBackend, drain_s: float
+) -> AsyncIterator[Running]:
     def drain() -> None:
         backend.is_ready = False
 
     with listen("127.0.0.1", 0, slow_client_s=1) as listener:
-        server = Server(app, drain_s, on_drain=drain)
+        server = Server(
+            app,
+            context.limits,
+            drain_s,
+            on_drain=drain,
+            on_deadline=lambda: context.inflight.fail_all(BatonError(Cause.DRAINING, "over")),
+        )
         port = listener.getsockname()[1]
         serving = asyncio.create_task(server.serve([listener]))
         while not server.started:
@@ -49,12 +60,12 @@ async def running(app: FastAPI, backend: FakeBackend, drain_s: float) -> AsyncIt
 
 
 async def test_draining_lets_open_streams_finish(
-    app: FastAPI, backend: FakeBackend, say: Callable[[str], Script]
+    app: FastAPI, context: Context, backend: FakeBackend, say: Callable[[str], Script]
 ) -> None:
     gate = asyncio.Event()
     play = say("Hello world")
     backend.script = lambda request: [play(request)[0], gate, *play(request)[1:]]
-    async with running(app, backend, drain_s=5) as server, httpx.AsyncClient() as client:
+    async with running(app, context, backend, drain_s=5) as server, httpx.AsyncClient() as client:
         body = {"prompt": "Hi", "stream": True}
         async with client.stream("POST", server.url + COMPLETIONS, json=body) as response:
             lines = response.aiter_lines()
@@ -70,20 +81,39 @@ async def test_draining_lets_open_streams_finish(
         assert rest[-1] == "data: [DONE]"
 
 
-async def test_a_drain_has_a_deadline(app: FastAPI, backend: FakeBackend) -> None:
-    backend.script = lambda request: [asyncio.Event()]
-    async with running(app, backend, drain_s=1) as server, httpx.AsyncClient() as client:
-        post = asyncio.create_task(client.post(server.url + COMPLETIONS, json={"prompt": "Hi"}))
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_drain_has_a_deadline(
+    app: FastAPI,
+    context: Context,
+    backend: FakeBackend,
+    say: Callable[[str], Script],
+    stream: bool,
+) -> None:
+    """What is still open then is told so: a stream by an event, another answer by its status."""
+    play = say("Hello world")
+    backend.script = lambda request: [*play(request)[:stream], asyncio.Event()]
+    async with running(app, context, backend, drain_s=0.5) as server, httpx.AsyncClient() as client:
+        body = {"prompt": "Hi", "stream": stream}
+        post = asyncio.create_task(client.post(server.url + COMPLETIONS, json=body))
         while not backend.streams:
             await asyncio.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
-        await asyncio.wait_for(backend.streams[0].aborted.wait(), 5)
-        await asyncio.gather(post, return_exceptions=True)
+        response = await asyncio.wait_for(post, 5)
+        assert backend.streams[0].aborted.is_set()
+    if stream:
+        last = response.text.strip().rpartition("data: ")[2]
+        assert json.loads(last)["error"]["code"] == "draining"
+        assert response.text.startswith("data: {")
+    else:
+        assert error_of(response, 503)["code"] == "draining"
+        assert int(response.headers["retry-after"]) >= 1
 
 
-async def test_a_second_signal_ends_at_once(app: FastAPI, backend: FakeBackend) -> None:
+async def test_a_second_signal_ends_at_once(
+    app: FastAPI, context: Context, backend: FakeBackend
+) -> None:
     backend.script = lambda request: [asyncio.Event()]
-    async with running(app, backend, drain_s=600) as server, httpx.AsyncClient() as client:
+    async with running(app, context, backend, drain_s=600) as server, httpx.AsyncClient() as client:
         post = asyncio.create_task(client.post(server.url + COMPLETIONS, json={"prompt": "Hi"}))
         while not backend.streams:
             await asyncio.sleep(0.01)

@@ -29,6 +29,7 @@ from baton.messages import (
     WorkerMessage,
 )
 from baton.rpc import ClusterToken, RpcServer, connect, is_serving, to_baton_error
+from baton.session_wire import open_session
 from baton.types import (
     BlockHash,
     KVGroup,
@@ -41,7 +42,7 @@ from baton.types import (
     TokenChunk,
     WorkerInfo,
 )
-from baton.v1 import kv_pb2, kv_pb2_grpc, worker_pb2, worker_pb2_grpc
+from baton.v1 import kv_pb2, kv_pb2_grpc, worker_pb2
 from baton.worker import service as service_module
 from baton.worker.data_plane import DataPlane
 from baton.worker.policy import WorkerPolicy
@@ -114,8 +115,7 @@ class Session:
 
     def __init__(self, address: str, token: ClusterToken = TOKEN) -> None:
         self._connection = connect(address, token)
-        stub = worker_pb2_grpc.WorkerStub(self._connection.channel)  # type: ignore[no-untyped-call]
-        self.call: Any = stub.Session(metadata=self._connection.metadata)
+        self.call: Any = open_session(self._connection)
         self._lock = asyncio.Lock()
         self._beating = asyncio.create_task(self._beat())
 

@@ -70,7 +70,7 @@ class Heartbeat(_message.Message):
     def __init__(self, seq: _Optional[int] = ...) -> None: ...
 
 class GatewayMessage(_message.Message):
-    __slots__ = ("submit", "bind", "rebind", "compute_locally", "abort", "release", "heartbeat")
+    __slots__ = ("submit", "bind", "rebind", "compute_locally", "abort", "release", "heartbeat", "checksum")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     BIND_FIELD_NUMBER: _ClassVar[int]
     REBIND_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +78,7 @@ class GatewayMessage(_message.Message):
     ABORT_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     submit: Submit
     bind: Bind
     rebind: Rebind
@@ -85,7 +86,8 @@ class GatewayMessage(_message.Message):
     abort: Abort
     release: Release
     heartbeat: Heartbeat
-    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., bind: _Optional[_Union[Bind, _Mapping]] = ..., rebind: _Optional[_Union[Rebind, _Mapping]] = ..., compute_locally: _Optional[_Union[ComputeLocally, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+    checksum: int
+    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., bind: _Optional[_Union[Bind, _Mapping]] = ..., rebind: _Optional[_Union[Rebind, _Mapping]] = ..., compute_locally: _Optional[_Union[ComputeLocally, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("info",)
@@ -226,9 +228,11 @@ class StepBatch(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[LegMessage, _Mapping]]] = ..., snapshot: _Optional[_Union[_common_pb2.WorkerSnapshot, _Mapping]] = ..., timing: _Optional[_Union[_common_pb2.StepTiming, _Mapping]] = ..., heartbeat_seq: _Optional[int] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("hello", "step")
+    __slots__ = ("hello", "step", "checksum")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     step: StepBatch
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., step: _Optional[_Union[StepBatch, _Mapping]] = ...) -> None: ...
+    checksum: int
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., step: _Optional[_Union[StepBatch, _Mapping]] = ..., checksum: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,92 @@
+"""Which workers may be paired, known from their registrations alone."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from baton.compat import HEAD_SLICES, layout_conflict, pair_conflict
+from baton.errors import Cause
+from baton.types import PROTOCOL_MAJOR, KVGroup, KVKind, KVLayout, Role, WorkerInfo
+
+GROUP = KVGroup(KVKind.FULL, 2, 4, 8, "bfloat16")
+LAYOUT = KVLayout((GROUP,), block_size=16)
+INFO = WorkerInfo(
+    worker_id="w",
+    incarnation=bytes(16),
+    role=Role.BOTH,
+    model="m",
+    fingerprint=b"f" * 32,
+    layout=LAYOUT,
+    address="x:1",
+    transports=(),
+    host_id="h",
+    pid=1,
+    device="cpu",
+    num_blocks=10,
+    max_model_len=100,
+    max_num_seqs=8,
+    vocab_size=100,
+    eos_token_ids=(),
+)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"layout": replace(LAYOUT, block_size=64)},
+        {"protocol": (PROTOCOL_MAJOR, 99)},
+        {"capabilities": frozenset({"of-the-future"})},
+        {"device": "cuda"},
+        {"num_blocks": 5000, "max_model_len": 7, "max_num_seqs": 1},
+    ],
+)
+def test_versions_and_shapes_that_mix_in_one_pool(change: dict[str, Any]) -> None:
+    other = replace(INFO, worker_id="o", **change)
+    assert pair_conflict(INFO, other) is None
+    assert pair_conflict(other, INFO) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"protocol": (PROTOCOL_MAJOR + 1, 0)}, Cause.UNSUPPORTED),
+        ({"fingerprint": b"o" * 32}, Cause.MODEL_MISMATCH),
+        ({"layout": replace(LAYOUT, groups=(GROUP, GROUP))}, Cause.LAYOUT_INCOMPATIBLE),
+        ({"layout": replace(LAYOUT, tp_size=3)}, Cause.LAYOUT_INCOMPATIBLE),
+        ({"layout": replace(LAYOUT, tp_size=2)}, Cause.UNSUPPORTED),
+        *(
+            (
+                {"layout": replace(LAYOUT, groups=(replace(GROUP, **{name: value}),))},
+                Cause.LAYOUT_INCOMPATIBLE,
+            )
+            for name, value in (
+                ("kind", KVKind.WINDOW),
+                ("num_layers", 3),
+                ("num_kv_heads", 2),
+                ("head_dim", 16),
+                ("dtype", "float16"),
+                ("window", 64),
+            )
+        ),
+    ],
+)
+def test_pairs_that_are_never_chosen(change: dict[str, Any], cause: Cause) -> None:
+    other = replace(INFO, worker_id="o", **change)
+    for pair in ((INFO, other), (other, INFO)):
+        conflict = pair_conflict(*pair)
+        assert conflict is not None
+        assert conflict[0] is cause
+        assert conflict[1]
+
+
+def test_ranks_pair_where_both_can_slice_heads() -> None:
+    two = replace(LAYOUT, tp_size=2)
+    able = frozenset({HEAD_SLICES})
+    many = replace(INFO, layout=two, capabilities=able)
+    assert layout_conflict(LAYOUT, two) is None
+    assert pair_conflict(many, replace(INFO, capabilities=able)) is None
+    assert pair_conflict(many, INFO) is not None
+    assert pair_conflict(many, replace(INFO, layout=two)) is not None
+    assert pair_conflict(many, many) is None
