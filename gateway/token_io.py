@@ -39,7 +39,7 @@ class TokenSampling(SamplingFields):
 
 class GenerateRequest(RequestFields):
     token_ids: TokenIds
-    sampling_params: TokenSampling = TokenSampling()
+    sampling_params: TokenSampling = Field(default_factory=lambda: TokenSampling.model_validate({}))
 
     def params(self, defaults: SamplingDefaults) -> SamplingParams:
         fields = self.sampling_params

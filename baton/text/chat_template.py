@@ -7,14 +7,15 @@ Hugging Face templates are written against: block trimming, `raise_exception`, `
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from baton.errors import InvalidRequest
 
@@ -23,6 +24,12 @@ Message = Mapping[str, Any]
 # Stands where the prompt must end when the last message is to be continued. Private-use characters,
 # so no message contains it by accident.
 _CUT = "\ue000\ue001cut\ue001\ue000"
+# What a template may make of one request; far more than a model can read.
+MAX_PROMPT_CHARS = 2**26
+MAX_RENDER_S = 10.0
+_MAX_REPETITION = 2**20
+_MAX_POWER = 64
+_MAX_REASON_CHARS = 200
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
 
@@ -53,16 +60,37 @@ def _to_json(
     )
 
 
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+class _Refusal(jinja2.TemplateError):
+    """The template says that it cannot render these messages."""
+
+
+def _raise(message: object = "") -> NoReturn:
+    raise _Refusal(str(message))
 
 
 def _strftime_now(pattern: str) -> str:
     return datetime.datetime.now().strftime(pattern)
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Arithmetic makes nothing large either: its operands may come with a request."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(
+        self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
+    ) -> Any:
+        sizes = [len(side) if isinstance(side, Sized) else abs(side) for side in (left, right)]
+        is_repetition = any(isinstance(side, Sized) for side in (left, right))
+        if (operator == "**" and max(sizes) > _MAX_POWER) or (
+            is_repetition and sizes[0] * sizes[1] > _MAX_REPETITION
+        ):
+            raise SecurityError("too large")
+        return super().call_binop(context, operator, left, right)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"],
@@ -137,10 +165,26 @@ class ChatTemplate:
         return head if prompt.startswith(head) else head.rstrip()
 
     def _run(self, name: str, chat: list[dict[str, Any]], context: dict[str, Any]) -> str:
+        pieces: list[str] = []
+        num_chars, until_s = 0, time.monotonic() + MAX_RENDER_S
         try:
-            return self._templates[name].render(**context, messages=chat)
+            for piece in self._templates[name].generate({**context, "messages": chat}):
+                pieces.append(piece)
+                num_chars += len(piece)
+                if num_chars > MAX_PROMPT_CHARS or time.monotonic() > until_s:
+                    raise SecurityError("too large")
+            prompt = "".join(pieces)
+            prompt.encode()  # arguments of tool calls may have had escaped surrogates
+        except _Refusal as error:
+            reason = str(error)[:_MAX_REASON_CHARS]
+            raise InvalidRequest(f"the chat template refused: {reason}", "messages") from error
+        except SecurityError as error:
+            raise InvalidRequest("the messages make too large a prompt", "messages") from error
         except Exception as error:  # a template is a program; what it trips over is in the messages
-            raise InvalidRequest(f"the chat template refused: {error}", "messages") from error
+            raise InvalidRequest(
+                "the chat template cannot render these messages", "messages"
+            ) from error
+        return prompt
 
 
 def normalize_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -176,7 +220,9 @@ def _normalize(index: int, message: Message) -> dict[str, Any]:
         normal["content"] = ""
     elif not isinstance(content, str):
         raise InvalidRequest(f"{where}.content must be a string or a list of parts", "messages")
-    if normal.get("tool_calls"):
+    if calls := normal.get("tool_calls"):
+        if not isinstance(calls, list | tuple):
+            raise InvalidRequest(f"{where}.tool_calls must be a list", "messages")
         normal["tool_calls"] = [_tool_call(where, call) for call in normal["tool_calls"]]
     return normal
 
@@ -187,10 +233,8 @@ def _text_part(where: str, part: Any) -> str:
             return part
         case {"type": "text", "text": str() as text}:
             return text
-        case {"type": str() as kind}:
-            raise InvalidRequest(
-                f"{where}: this model takes text only, not parts of type {kind!r}", "messages"
-            )
+        case {"type": str()}:
+            raise InvalidRequest(f"{where}: this model takes parts of type text only", "messages")
     raise InvalidRequest(f"{where}: a content part needs a type", "messages")
 
 
@@ -199,9 +243,9 @@ def _tool_call(where: str, call: Any) -> dict[str, Any]:
         case {"function": {"arguments": str() as arguments} as function}:
             try:
                 parsed = json.loads(arguments or "{}")
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise InvalidRequest(
-                    f"{where}.tool_calls: arguments are not JSON ({error})", "messages"
+                    f"{where}.tool_calls: arguments are not JSON", "messages"
                 ) from error
             return {**call, "function": {**function, "arguments": parsed}}
         case {"function": {}}:

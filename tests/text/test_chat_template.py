@@ -114,3 +114,54 @@ def test_continue_final_message(tokenizer: Tokenizer) -> None:
         tokenizer.render_chat(messages, continue_final_message=True)
     with pytest.raises(InvalidRequest, match="drops the last message"):
         template("{{ messages[0].content }}").render(messages, **options)
+
+
+def refused(source: str, messages: list[Any] = USER, **variables: Any) -> str:
+    with pytest.raises(InvalidRequest) as caught:
+        template(source).render(messages, variables=variables)
+    assert caught.value.param == "messages"
+    return caught.value.message
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'x' * (n * n) }}",
+        "{{ [1] * n * n }}",
+        "{{ n ** n }}",
+        "{% for i in range(n) %}{% for j in range(n) %}{{ s }}{% endfor %}{% endfor %}",
+        "{% for i in range(n * n) %}{% endfor %}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ cycler.__init__.__globals__.os.popen('true').read() }}",
+    ],
+)
+def test_neither_size_nor_reach_is_unbounded(source: str) -> None:
+    refused(source, n=90_000, s="x" * 10_000)
+
+
+def test_rendering_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("baton.text.chat_template.MAX_RENDER_S", 0.05)
+    refused("{% for i in range(9000) %}{% for j in range(9000) %}x{% endfor %}{% endfor %}")
+
+
+def test_what_messages_say_is_not_repeated() -> None:
+    canary = "CANARY" * 100
+    messages = [{"role": "user", "content": canary, canary: 1}]
+    for source in ("{{ messages[0].content + 1 }}", "{{ messages[0].content.nope() }}"):
+        assert "CANARY" not in refused(source, messages)
+    assert len(refused("{{ raise_exception(messages[0].content) }}", messages)) < 300
+
+
+@pytest.mark.parametrize(
+    "arguments", ["[" * 100_000, "{", '{"a": "\\ud800"}', '"' + "9" * 5000, "9" * 5000]
+)
+def test_arguments_that_only_look_like_json(arguments: str) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    refused("{{ messages[0].tool_calls[0].function.arguments | tojson }}", [message])
+
+
+@pytest.mark.parametrize("calls", [5, "x", {"a": 1}, [5], [{}], [{"function": 1}]])
+def test_tool_calls_that_are_none(calls: Any) -> None:
+    refused("{{ messages }}", [{"role": "assistant", "content": "", "tool_calls": calls}])

@@ -1,0 +1,87 @@
+"""Our own OpenAPI document against the application: schemathesis sends what the document allows and
+what it forbids. Nothing makes a 5xx or an undocumented answer; what is forbidden is refused."""
+
+from typing import Any
+
+import pytest
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import CheckFunction
+from schemathesis.specs.openapi import checks
+
+from tests.gateway.fakes import FakeBackend
+
+CHECKS: list[CheckFunction] = [
+    schemathesis.checks.not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_schema_conformance,
+    checks.negative_data_rejection,
+    checks.unsupported_method,
+]
+
+
+def operations() -> list[tuple[str, str]]:
+    return [
+        (method, path)
+        for path, methods in {
+            "/v1/completions": ("post",),
+            "/v1/chat/completions": ("post",),
+            "/v1/completions/render": ("post",),
+            "/v1/chat/completions/render": ("post",),
+            "/inference/v1/generate": ("post",),
+            "/tokenize": ("post",),
+            "/detokenize": ("post",),
+            "/invocations": ("post",),
+            "/v1/models": ("get",),
+            "/v1/cluster": ("get",),
+            "/health": ("get",),
+            "/load": ("get",),
+            "/version": ("get",),
+            "/metrics": ("get",),
+        }.items()
+        for method in methods
+    ]
+
+
+def test_every_documented_operation_is_tested(app: FastAPI) -> None:
+    documented = {
+        (method, path) for path, methods in app.openapi()["paths"].items() for method in methods
+    }
+    assert documented == set(operations())
+
+
+def run(app: FastAPI, method: str, path: str, mode: GenerationMode, num_examples: int) -> None:
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+    operation = schema[path][method]
+
+    @given(case=operation.as_strategy(generation_mode=mode))
+    @settings(
+        max_examples=num_examples,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    def check(case: Any) -> None:
+        case.call_and_validate(checks=CHECKS)
+
+    check()
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+@pytest.mark.parametrize(("method", "path"), operations())
+def test_our_document(
+    app: FastAPI, backend: FakeBackend, method: str, path: str, mode: GenerationMode
+) -> None:
+    if method == "get" and mode is GenerationMode.NEGATIVE:
+        return  # there is nothing to get wrong
+    run(app, method, path, mode, 15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", list(GenerationMode))
+@pytest.mark.parametrize(("method", "path"), [o for o in operations() if o[0] == "post"])
+def test_our_document_at_length(app: FastAPI, method: str, path: str, mode: GenerationMode) -> None:
+    run(app, method, path, mode, 300)
