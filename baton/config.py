@@ -155,7 +155,8 @@ class WorkerSettings(_Section):
     )
     metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port; 0 = any free one.")
     transports: StrList = Field(
-        ("ucx", "grpc"), description="KV transports to offer and use, in order of preference."
+        ("shm", "ucx", "grpc"),
+        description="KV transports to offer and use, in order of preference.",
     )
     lease_ms: int = Field(
         30_000, gt=0, description="How long KV is kept for a decode worker that shows no progress."

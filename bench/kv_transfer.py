@@ -1,6 +1,6 @@
 """How fast KV moves between two processes, beside what the machine can do.
 
-    python -m bench.kv_transfer [--sizes 1b,1m,16m,64m,256m] [--transports ucx,grpc] [--repeats 5]
+    python -m bench.kv_transfer [--sizes 1b,1m,16m,64m,256m] [--transports shm,ucx,grpc] [--repeats 5]
 
 Two rows per transport and size:
 
@@ -36,6 +36,7 @@ from baton.kvtransfer.exporter import FRAME_BYTES, Exporter, ExportFeed
 from baton.kvtransfer.importer import Importer
 from baton.kvtransfer.memory import KVMemory, keep_freed_memory
 from baton.kvtransfer.negotiate import make_transports
+from baton.kvtransfer.progress import KVReady
 from baton.rpc import ClusterToken, RpcServer
 from baton.types import BlockId, KVGroup, KVKind, KVLayout, KVRange, KVTicket, TransportAddress
 
@@ -126,7 +127,7 @@ class OpenGate:
         self._block_ids = block_ids
 
     async def attach(self, fetch: FetchOpen) -> ExportFeed:
-        return ExportFeed(1, self._block_ids, fetch.range.token_stop, b"")
+        return ExportFeed(1, self._block_ids, KVReady(fetch.range.token_stop), b"")
 
     def progress(self, epoch: int, num_sent_tokens: int) -> None: ...
 
@@ -294,7 +295,7 @@ def tokens_of(size: str) -> int:
 async def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--sizes", default="1b,1m,16m,64m,256m")
-    parser.add_argument("--transports", default="ucx,grpc")
+    parser.add_argument("--transports", default="shm,ucx,grpc")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu", help="of both KV pools: cpu or cuda")
     arguments = parser.parse_args()

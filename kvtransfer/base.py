@@ -125,6 +125,10 @@ class Transport(Protocol):
         """Serve fetches; the address goes into the worker's registration."""
         ...
 
+    def reaches(self, peer: TransportAddress) -> bool:
+        """Can this process use that address at all, as far as can be told without trying?"""
+        ...
+
     async def fetch(
         self, peer: TransportAddress, fetch: FetchOpen, sink: FrameSink
     ) -> TransferStats:

@@ -26,6 +26,9 @@ class GrpcTransport:
         self._calls.offer(self.name, source, self._scope)
         return TransportAddress(self.name, self._address)
 
+    def reaches(self, peer: TransportAddress) -> bool:
+        return True
+
     async def fetch(
         self, peer: TransportAddress, fetch: FetchOpen, sink: FrameSink
     ) -> TransferStats:

@@ -61,6 +61,9 @@ class LocalTransport:
         self._network.join(self)
         return TransportAddress(self.name, self.address)
 
+    def reaches(self, peer: TransportAddress) -> bool:
+        return True
+
     async def fetch(
         self, peer: TransportAddress, fetch: FetchOpen, sink: FrameSink
     ) -> TransferStats:

@@ -7,12 +7,13 @@ from baton.errors import BatonError, Cause
 from baton.kvtransfer.base import Transport
 from baton.kvtransfer.calls import FetchCalls
 from baton.kvtransfer.grpc_stream import GrpcTransport
+from baton.kvtransfer.shm import ShmTransport
 from baton.rpc import is_loopback
 from baton.types import TransportAddress
 
 logger = logging.getLogger(__name__)
 
-NAMES = ("ucx", "grpc")
+NAMES = ("shm", "ucx", "grpc")
 
 
 def make_transports(names: Sequence[str], calls: FetchCalls, address: str) -> tuple[Transport, ...]:
@@ -37,6 +38,18 @@ def make_transports(names: Sequence[str], calls: FetchCalls, address: str) -> tu
 def _make(name: str, calls: FetchCalls, address: str) -> Transport | None:
     if name == "grpc":
         return GrpcTransport(calls, address)
+    return _make_shm(calls, address) if name == "shm" else _make_ucx(calls, address)
+
+
+def _make_shm(calls: FetchCalls, address: str) -> Transport | None:
+    try:
+        return ShmTransport(calls, address)
+    except OSError as error:
+        logger.warning("no shared memory here: %s", error)
+    return None
+
+
+def _make_ucx(calls: FetchCalls, address: str) -> Transport | None:
     try:
         from baton.kvtransfer.ucx import UcxTransport
 

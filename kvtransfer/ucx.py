@@ -58,6 +58,9 @@ class UcxTransport:
         self._calls.offer(self.name, source, self._scope, self._open_lane)
         return TransportAddress(self.name, self._address)
 
+    def reaches(self, peer: TransportAddress) -> bool:
+        return True
+
     async def fetch(
         self, peer: TransportAddress, fetch: FetchOpen, sink: FrameSink
     ) -> TransferStats:

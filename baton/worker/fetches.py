@@ -100,7 +100,12 @@ class FetchDesk:
         now_s = time.monotonic()
         avoid = {where for where, link in self._links.items() if link.avoid_until_s > now_s}
         is_same_host = order.host_id == self._host_id
-        address = choose(tuple(self._transports), order.transports, is_same_host, avoid)
+        offered = [
+            address
+            for address in order.transports
+            if address.name in self._transports and self._transports[address.name].reaches(address)
+        ]
+        address = choose(tuple(self._transports), offered, is_same_host, avoid)
         link = self._links.get(address)
         if link is None:
             link = self._links[address] = _Link()

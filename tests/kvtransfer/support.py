@@ -19,6 +19,7 @@ from baton.kvtransfer.grpc_stream import GrpcTransport
 from baton.kvtransfer.local import LocalNetwork, LocalTransport
 from baton.kvtransfer.memory import KVMemory, heap_buffer
 from baton.kvtransfer.progress import KVReady
+from baton.kvtransfer.shm import ShmTransport
 from baton.rpc import ClusterToken, RpcServer
 from baton.types import BlockId, KVGroup, KVKind, KVLayout, KVRange, KVTicket
 
@@ -297,6 +298,8 @@ async def grpc_end(name: str) -> AsyncIterator[Transport]:
 def make_transport(name: str, calls: FetchCalls, address: str) -> Transport:
     if name == "grpc":
         return GrpcTransport(calls, address)
+    if name == "shm":
+        return ShmTransport(calls, address)
     from baton.kvtransfer.ucx import UcxTransport
 
     return UcxTransport(calls, address)

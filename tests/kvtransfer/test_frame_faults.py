@@ -89,6 +89,7 @@ class FaultySource:
     params=[
         "local",
         "grpc",
+        "shm",
         pytest.param(
             "ucx",
             marks=[

@@ -30,6 +30,7 @@ from tests.kvtransfer.support import (
 TRANSPORTS = [
     "local",
     "grpc",
+    "shm",
     pytest.param(
         "ucx",
         marks=[

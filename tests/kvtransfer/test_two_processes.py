@@ -34,7 +34,7 @@ UCX = [
         importlib.util.find_spec("ucxx") is None, reason="the ucx extra is not installed"
     ),
 ]
-TRANSPORTS = ["grpc", pytest.param("ucx", marks=UCX)]
+TRANSPORTS = ["grpc", "shm", pytest.param("ucx", marks=UCX)]
 
 
 @asynccontextmanager

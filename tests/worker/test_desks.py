@@ -187,9 +187,13 @@ class ScriptedTransport:
         self.name = name
         self._script = script
         self.num_fetches = 0
+        self.unreachable: set[str] = set()
 
     async def start(self, source: FrameSource) -> TransportAddress:
         return TransportAddress(self.name, "x:1")
+
+    def reaches(self, peer: TransportAddress) -> bool:
+        return peer.address not in self.unreachable
 
     async def fetch(
         self, peer: TransportAddress, fetch: FetchOpen, sink: FrameSink
@@ -268,6 +272,16 @@ async def test_a_link_that_failed_is_the_last_choice() -> None:
     assert outcomes.seen[0] == (LEG, 16, Cause.TRANSPORT_FAILED)
     assert outcomes.seen[1][1].transport == "two"
     assert (broken.num_fetches, sound.num_fetches) == (1, 1)
+
+
+async def test_an_address_that_is_out_of_reach_is_not_tried() -> None:
+    near = ScriptedTransport("one", end_payload(CHUNKS, DIGEST))
+    sound = ScriptedTransport("two", end_payload(CHUNKS, DIGEST))
+    near.unreachable.add("x:1")
+    desk, outcomes = make(near, sound)
+    await run(desk)
+    assert outcomes.seen[0][1].transport == "two"
+    assert near.num_fetches == 0
 
 
 async def test_no_common_transport_is_said() -> None:

@@ -1,0 +1,155 @@
+"""The producer's end of shared-memory fetches; see `baton.kvtransfer.shm_socket`."""
+
+import asyncio
+import socket
+from contextlib import suppress
+
+from baton.errors import BatonError, Cause
+from baton.kvtransfer.base import Buffers
+from baton.kvtransfer.shm_ring import Ring, RingWriter
+from baton.kvtransfer.shm_socket import POSTED, TOKEN_BYTES, listen, remove
+
+_MAX_PRESENTED = 64  # connections whose fetch has not been heard of yet
+_PRESENTED_S = 10.0
+_CLAIM_S = 5.0  # how long a fetch waits for its connection, which was made before it
+
+
+class Listener:
+    """Takes connections in and hands each to the fetch whose token it presents."""
+
+    def __init__(self) -> None:
+        """
+        Raises:
+            OSError: there can be no such socket here.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._socket, self.path = listen()
+        self._outlets: set[Outlet] = set()
+        self._presented: dict[bytes, Outlet] = {}
+        self._claims: dict[bytes, asyncio.Future[Outlet]] = {}
+        self._loop.add_reader(self._socket, self._accept)
+
+    async def claim(self, token: bytes) -> "Outlet":
+        """The connection that presents this token.
+
+        Raises:
+            BatonError: TRANSPORT_FAILED; nobody does.
+        """
+        if token in self._presented:
+            return self._presented.pop(token)
+        claim: asyncio.Future[Outlet] = self._loop.create_future()
+        self._claims[token] = claim
+        try:
+            async with asyncio.timeout(_CLAIM_S):
+                return await claim
+        except TimeoutError:
+            raise BatonError(Cause.TRANSPORT_FAILED, "the consumer does not connect") from None
+        finally:
+            del self._claims[token]
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # it is gone again, or there are too many files: the next event
+            connection, _ = self._socket.accept()
+            self._outlets.add(Outlet(self, connection))
+
+    def presented(self, outlet: "Outlet", token: bytes) -> None:
+        claim = self._claims.get(token)
+        if claim is not None and not claim.done():
+            claim.set_result(outlet)
+        elif len(token) != TOKEN_BYTES or len(self._presented) >= _MAX_PRESENTED:
+            outlet.close()
+        else:
+            self._presented[token] = outlet
+            self._loop.call_later(_PRESENTED_S, self._expire, token)
+
+    def _expire(self, token: bytes) -> None:
+        outlet = self._presented.pop(token, None)
+        if outlet is not None:
+            outlet.close()
+
+    def forget(self, outlet: "Outlet") -> None:
+        self._outlets.discard(outlet)
+        for token in [token for token, other in self._presented.items() if other is outlet]:
+            del self._presented[token]
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._socket.fileno() >= 0:
+            self._loop.remove_reader(self._socket)
+            self._socket.close()
+            remove(self.path)
+        for outlet in list(self._outlets):
+            outlet.close()
+
+
+class Outlet:
+    """The producer's end of one connection, and the ring behind it."""
+
+    def __init__(self, listener: Listener, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self._listener = listener
+        self._connection = connection
+        self._loop = asyncio.get_running_loop()
+        self._ring: Ring | None = None
+        self._loop.add_reader(connection, self._read)
+
+    def writer(self, num_slots: int) -> RingWriter:
+        """For the next fetch. The ring is made for the first one.
+
+        Raises:
+            BatonError: TRANSPORT_FAILED.
+        """
+        try:
+            if self._ring is None:
+                ring = Ring()
+                ring.hand_over(self._connection)
+                self._ring = ring
+        except OSError as error:
+            raise BatonError(Cause.TRANSPORT_FAILED, f"shared memory: {error}") from error
+        return RingWriter(self._ring, num_slots)
+
+    def post(self, index: int, length: int) -> None:
+        """
+        Raises:
+            BatonError: TRANSPORT_FAILED; the consumer has gone, or reads nothing.
+        """
+        try:
+            self._connection.send(POSTED.pack(index, length))
+        except OSError as error:
+            raise BatonError(Cause.TRANSPORT_FAILED, f"shared memory: {error}") from error
+
+    def _read(self) -> None:
+        try:
+            token = self._connection.recv(TOKEN_BYTES + 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            token = b""
+        if token:
+            self._listener.presented(self, token)
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._connection.fileno() >= 0:
+            self._loop.remove_reader(self._connection)
+            self._connection.close()
+        self._listener.forget(self)
+
+
+class ShmLane:
+    """The producer's end of one fetch; a `calls.Lane`."""
+
+    def __init__(self, outlet: Outlet, num_slots: int) -> None:
+        self._outlet = outlet
+        self._writer = outlet.writer(num_slots)
+
+    def buffer(self, num_bytes: int) -> memoryview:
+        return self._writer.buffer(num_bytes)
+
+    async def send(self, frame: Buffers) -> None:
+        self._outlet.post(*self._writer.put(frame))
+
+    async def close(self) -> None:
+        """The connection stays for the next fetch, unless the consumer hangs up."""
