@@ -1,6 +1,6 @@
 """How fast KV moves between two processes, beside what the machine can do.
 
-    python -m bench.kv_transfer [--sizes 1b,1m,16m,64m,256m] [--transports shm,ucx,grpc] [--repeats 5]
+    python -m bench.kv_transfer [--sizes 1b,1m,16m,64m,256m] [--transports shm,grpc] [--repeats 5]
 
 Two rows per transport and size:
 
