@@ -84,4 +84,4 @@ def test_our_document(
 @pytest.mark.parametrize("mode", list(GenerationMode))
 @pytest.mark.parametrize(("method", "path"), [o for o in operations() if o[0] == "post"])
 def test_our_document_at_length(app: FastAPI, method: str, path: str, mode: GenerationMode) -> None:
-    run(app, method, path, mode, 300)
+    run(app, method, path, mode, 100)
