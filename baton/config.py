@@ -185,6 +185,11 @@ class GatewaySettings(_Section):
     slo_tpot_ms: float = Field(
         200.0, gt=0, description="Decode workers prefill locally only within this time per token."
     )
+    prefix_fetch: Literal["auto", "always", "off"] = Field(
+        "auto",
+        description="A worker takes a prefix that another one holds: auto = when that is predicted "
+        "to be faster than computing it; always = whenever there is one.",
+    )
     local_prefill: Literal["auto", "fallback"] = Field(
         "auto",
         description="auto = also when a decode worker is predicted to be faster; fallback = only "

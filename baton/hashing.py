@@ -45,6 +45,11 @@ def tokens_digest(token_ids: Sequence[int]) -> bytes:
     return hashlib.sha256(struct.pack(f"<{len(token_ids)}I", *token_ids)).digest()
 
 
+def salt_digest(salt: bytes) -> bytes:
+    """SHA-256 of a request's salt: names its tenant without telling it."""
+    return hashlib.sha256(salt).digest()
+
+
 def join_salt(tenant: bytes, cache_salt: bytes, adapter: bytes = b"") -> bytes:
     """Tenant ‖ cache_salt ‖ adapter, each with its length as u32le: no two tuples collide."""
     parts = (tenant, cache_salt, adapter)

@@ -7,6 +7,7 @@ Who may send what in which state is in docs/kv-exchange.md.
 from dataclasses import dataclass
 
 from baton.errors import Cause
+from baton.grants import Grant
 from baton.types import (
     BlockHash,
     KVTicket,
@@ -24,12 +25,26 @@ from baton.types import (
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixSource:
+    """Who holds a longer prefix of a prompt than the worker that is to compute it: it is predicted
+    to be faster to fetch `grant.num_tokens` tokens from there."""
+
+    worker_id: str
+    transports: tuple[TransportAddress, ...]  # the source's, from its registration
+    host_id: str  # the source's
+    grant: Grant
+    predicted_ms: float  # of the fetch
+    deadline_ms: int  # from the start of the fetch: then compute what is missing; 0 = none
+
+
+@dataclass(frozen=True, slots=True)
 class Submit:
     """Prefill the prompt, hold its KV under a ticket, sample the first token of each open
     choice."""
 
     leg: LegId
     request: Request
+    prefix: PrefixSource | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +76,7 @@ class ComputeLocally:
 
     leg: LegId
     request: Request
+    prefix: PrefixSource | None = None  # of a new leg
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +118,25 @@ class Queued:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixFetched:
+    """How the fetch of a prefix ended."""
+
+    num_tokens: int  # verified, and not computed
+    cause: Cause | None = None  # why it ended early; then the rest is computed
+    stats: TransferStats | None = None  # unless it ended early
+
+
+@dataclass(frozen=True, slots=True)
 class Admitted:
-    """P: every prompt block is reserved. A local leg: it left the queue (no ticket)."""
+    """P: every prompt block is reserved. A local leg: it left the queue (no ticket).
+
+    With `prefix`, one was fetched before, and `num_cached_tokens` includes what came.
+    """
 
     leg: LegId
     num_cached_tokens: int
     ticket: KVTicket | None = None
+    prefix: PrefixFetched | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,12 @@ class GatewayMetrics(_Metrics):
             "kv_transfer_bytes", "KV moved between workers.", "transport"
         )
         self.kv_transfer_s = self._seconds("kv_transfer", "Duration of one fetch.", "transport")
+        self.prefix_fetches = self._counter(
+            "prefix_fetches", "Prefixes fetched by hash, by how it ended.", "outcome"
+        )
+        self.fetched_prefix_tokens = self._counter(
+            "fetched_prefix_tokens", "Prompt tokens fetched by hash instead of computed."
+        )
         self.retries = self._counter(
             "request_retries",
             "Legs and fetches that failed; the request went on if it could.",
@@ -117,6 +123,12 @@ class WorkerMetrics(_Metrics):
             "kv_transfer_bytes", "KV moved.", "transport", "direction"
         )
         self.kv_transfer_s = self._seconds("kv_transfer", "Duration of one fetch.", "transport")
+        self.prefix_fetches = self._counter(
+            "prefix_fetches", "Prefixes fetched by hash, by how it ended.", "outcome"
+        )
+        self.fetched_prefix_tokens = self._counter(
+            "fetched_prefix_tokens", "Prompt tokens fetched by hash instead of computed."
+        )
         self.failures = self._counter("leg_failures", "Legs that failed here.", "cause")
         self._declare_exchange()
 

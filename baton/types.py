@@ -17,6 +17,7 @@ HASH_TOKENS = 16  # granularity of prefix hashes; every worker's block size is a
 PROTOCOL_MAJOR = 1
 PROTOCOL_MINOR = 0
 SEED_BITS = 32
+FETCH_BY_HASH = "fetch-by-hash"  # capability: reads others' prefixes, and serves its own
 
 
 class Role(StrEnum):

@@ -24,6 +24,7 @@ from baton.messages import (
     LeaseLost,
     LegMessage,
     NoRoom,
+    PrefixSource,
     Progress,
     Queued,
     Rebind,
@@ -47,6 +48,12 @@ from baton.wire_checks import (
     finite,
     refuse,
     text,
+)
+from baton.wire_prefix import (
+    prefix_fetched_from_pb,
+    prefix_fetched_to_pb,
+    prefix_source_from_pb,
+    prefix_source_to_pb,
 )
 from baton.wire_types import (
     chunk_from_pb,
@@ -111,8 +118,10 @@ MAX_BATCH_MESSAGES = 1 << 16
 
 def gateway_message_to_pb(message: GatewayMessage) -> pb.GatewayMessage:
     match message:
-        case Submit(leg, request):
+        case Submit(leg, request, prefix):
             body = pb.Submit(leg=leg_to_pb(leg), request=request_to_pb(request))
+            if prefix is not None:
+                body.prefix.CopyFrom(prefix_source_to_pb(prefix))
             return pb.GatewayMessage(submit=body)
         case Bind(leg, request, ticket, transports, host_id):
             return pb.GatewayMessage(
@@ -133,8 +142,10 @@ def gateway_message_to_pb(message: GatewayMessage) -> pb.GatewayMessage:
                     host_id=host_id,
                 )
             )
-        case ComputeLocally(leg, request):
+        case ComputeLocally(leg, request, prefix):
             local = pb.ComputeLocally(leg=leg_to_pb(leg), request=request_to_pb(request))
+            if prefix is not None:
+                local.prefix.CopyFrom(prefix_source_to_pb(prefix))
             return pb.GatewayMessage(compute_locally=local)
         case Abort(leg, choice):
             return pb.GatewayMessage(abort=pb.Abort(leg=leg_to_pb(leg), choice=choice))
@@ -162,7 +173,11 @@ def leg_of_gateway_message(message: pb.GatewayMessage) -> LegId | None:
 
 def _submit(message: pb.Submit) -> Submit:
     leg = leg_from_pb(message.leg)
-    return Submit(leg, request_from_pb(message.request, leg.request_id))
+    return Submit(leg, request_from_pb(message.request, leg.request_id), _prefix(message))
+
+
+def _prefix(message: pb.Submit | pb.ComputeLocally) -> PrefixSource | None:
+    return prefix_source_from_pb(message.prefix) if message.HasField("prefix") else None
 
 
 def _bind(message: pb.Bind) -> Bind:
@@ -184,7 +199,7 @@ def _producer(message: pb.Bind | pb.Rebind) -> tuple[tuple[TransportAddress, ...
 
 def _compute_locally(message: pb.ComputeLocally) -> ComputeLocally:
     leg = leg_from_pb(message.leg)
-    return ComputeLocally(leg, request_from_pb(message.request, leg.request_id))
+    return ComputeLocally(leg, request_from_pb(message.request, leg.request_id), _prefix(message))
 
 
 def _abort(message: pb.Abort) -> Abort:
@@ -241,10 +256,12 @@ def leg_message_to_pb(message: LegMessage) -> pb.LegMessage:
     match message:
         case Queued():
             return pb.LegMessage(queued=pb.Queued(leg=leg))
-        case Admitted(_, num_cached_tokens, ticket):
+        case Admitted(_, num_cached_tokens, ticket, prefix):
             body = pb.Admitted(leg=leg, num_cached_tokens=num_cached_tokens)
             if ticket is not None:
                 body.ticket.CopyFrom(ticket_to_pb(ticket))
+            if prefix is not None:
+                body.prefix.CopyFrom(prefix_fetched_to_pb(prefix))
             return pb.LegMessage(admitted=body)
         case Progress(_, tokens_done, predicted_ms_left):
             return pb.LegMessage(
@@ -297,7 +314,8 @@ def leg_message_from_pb(message: pb.LegMessage) -> LegMessage:
 
 def _admitted(leg: LegId, message: pb.Admitted) -> Admitted:
     ticket = ticket_from_pb(message.ticket) if message.HasField("ticket") else None
-    return Admitted(leg, message.num_cached_tokens, ticket)
+    prefix = prefix_fetched_from_pb(message.prefix) if message.HasField("prefix") else None
+    return Admitted(leg, message.num_cached_tokens, ticket, prefix)
 
 
 def _progress(leg: LegId, message: pb.Progress) -> Progress:

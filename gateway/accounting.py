@@ -9,7 +9,7 @@ from baton.errors import BatonError, Cause
 from baton.gateway.backend import PrefillPath, RequestReport
 from baton.gateway.choice import Delta
 from baton.telemetry import PHASES, GatewayMetrics
-from baton.types import SamplingParams
+from baton.types import SamplingParams, TransferStats
 from baton.vllm_metrics import ChoiceSpan, RequestSpan
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,11 @@ class RequestRecord:
             metrics.local_prefills.inc()
         for cause in report.failures:
             metrics.retries.labels(cause.name.lower()).inc()
-        for transfer in report.transfers:
+        for prefix in report.prefixes:
+            outcome = "ok" if prefix.cause is None else prefix.cause.name.lower()
+            metrics.prefix_fetches.labels(outcome).inc()
+            metrics.fetched_prefix_tokens.inc(prefix.num_tokens)
+        for transfer in (*report.transfers, *_moved(report)):
             metrics.kv_transfer_bytes.labels(transfer.transport).inc(transfer.num_bytes)
             metrics.kv_transfer_s.labels(transfer.transport).observe(transfer.duration_ms / 1e3)
 
@@ -180,9 +184,14 @@ class RequestRecord:
         return ", ".join(parts)
 
 
+def _moved(report: RequestReport) -> list[TransferStats]:
+    return [prefix.stats for prefix in report.prefixes if prefix.stats is not None]
+
+
 def _route(report: RequestReport) -> str:
     workers = " → ".join(w for w in (report.prefill_worker, report.decode_worker) if w)
     moved = "".join(
         f", {t.num_bytes} B over {t.transport} in {t.duration_ms:.1f} ms" for t in report.transfers
     )
-    return f"{report.path} prefill {workers}, {report.num_attempts} attempts{moved}"
+    fetched = "".join(f", prefix of {p.num_tokens} fetched" for p in report.prefixes)
+    return f"{report.path} prefill {workers}, {report.num_attempts} attempts{fetched}{moved}"

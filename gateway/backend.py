@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from baton.errors import Cause
+from baton.messages import PrefixFetched
 from baton.types import Request, Role, TokenChunk, TransferStats, WorkerSnapshot
 
 
@@ -116,6 +117,7 @@ class RequestReport:
     prefill_ms: float = 0.0
     transfers: tuple[TransferStats, ...] = field(default=())  # finished imports, in order
     failures: tuple[Cause, ...] = ()  # of legs and fetches, in order
+    prefixes: tuple[PrefixFetched, ...] = field(default=())  # fetched by hash, and how that ended
 
 
 class RequestStream(Protocol):

@@ -8,6 +8,7 @@ else gets room.
 """
 
 import heapq
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -16,13 +17,16 @@ from baton.errors import BatonError, Cause
 from baton.gateway import router
 from baton.gateway.backend import WorkerState
 from baton.gateway.legs import Effect, Emit, Ended, MachineConfig, Planner, Send, TransferStarted
+from baton.gateway.prefix_plan import PrefixPlan
 from baton.gateway.request_machine import RequestMachine
 from baton.gateway.router import DecodeDecision, Need, Refusal, RouteDecision, RouterConfig
 from baton.gateway.workers import Fleet
-from baton.hashing import prefix_hashes, root_hash
-from baton.messages import GatewayMessage, StepBatch
-from baton.types import BlockHash, Request, WorkerInfo
+from baton.grants import Grant, GrantKeys
+from baton.hashing import prefix_hashes, root_hash, salt_digest
+from baton.messages import GatewayMessage, PrefixSource, StepBatch
+from baton.types import HASH_TOKENS, BlockHash, Request, WorkerInfo
 
+GRANT_MS = 30_000  # of a grant, from when its source first sees it
 _WAKES_PER_EVENT = 8  # parked requests tried in vain before the rest is left for the next event
 
 
@@ -54,7 +58,33 @@ class _Planner:
             # Prefill may go on; room to decode is for the one who waits.
             taken = {worker.worker_id for worker in dispatcher.fleet if worker.role.can_decode}
             need = replace(need, avoid=need.avoid | taken)
-        return router.plan(self._with_hits(need), dispatcher.fleet, dispatcher.config.router)
+        decision = router.plan(self._with_hits(need), dispatcher.fleet, dispatcher.config.router)
+        if isinstance(decision, RouteDecision) and decision.prefix is not None:
+            return replace(decision, source=self._source(decision.worker_id, decision.prefix))
+        return decision
+
+    def _source(self, target_id: str, plan: PrefixPlan) -> PrefixSource:
+        """With a grant for this target and this request alone."""
+        source, target = self.info(plan.worker_id), self.info(target_id)
+        hashes = self._hashes_for(target.fingerprint)
+        grant = Grant(
+            nonce=secrets.token_bytes(16),
+            source_incarnation=source.incarnation,
+            consumer_incarnation=target.incarnation,
+            fingerprint=target.fingerprint,
+            salt_digest=salt_digest(self.request.salt),
+            last_hash=hashes[plan.num_tokens // HASH_TOKENS - 1],
+            num_tokens=plan.num_tokens,
+            duration_ms=GRANT_MS,
+        )
+        return PrefixSource(
+            source.worker_id,
+            source.transports,
+            source.host_id,
+            self.dispatcher.grant_keys.sign(grant),
+            plan.predicted_ms,
+            plan.deadline_ms,
+        )
 
     def pick_decode(self, need: Need, source_id: str) -> DecodeDecision | Refusal:
         dispatcher = self.dispatcher
@@ -101,6 +131,7 @@ class Dispatcher:
         self,
         index: PrefixIndex,
         config: DispatchConfig,
+        grant_keys: GrantKeys,
         *,
         send: Callable[[str, GatewayMessage], None],
         deliver: Callable[[str, Emit | Ended], None],
@@ -109,6 +140,7 @@ class Dispatcher:
         self.fleet = Fleet()
         self.index = index
         self.config = config
+        self.grant_keys = grant_keys
         self._send = send
         self._deliver = deliver
         self._drop = drop

@@ -20,10 +20,12 @@ from baton.gateway.discovery import Discovery
 from baton.gateway.dispatch import DispatchConfig, Dispatcher
 from baton.gateway.handovers import HandOverWatch
 from baton.gateway.legs import Emit, Ended, MachineConfig, Planner
+from baton.gateway.prefix_plan import PrefixConfig
 from baton.gateway.readiness import Readiness
 from baton.gateway.request_machine import RequestMachine
 from baton.gateway.router import RouterConfig
 from baton.gateway.sessions import SessionConfig, WorkerSession, fetch_inventory
+from baton.grants import GrantKeys
 from baton.locality import PrefixIndex
 from baton.messages import GatewayMessage, StepBatch
 from baton.rpc import ClusterToken
@@ -93,6 +95,7 @@ class Orchestrator:
         self._dispatcher = Dispatcher(
             self._index,
             _dispatch_config(config),
+            GrantKeys(config.cluster, self._token.secrets),
             send=self._send,
             deliver=self._deliver,
             drop=self._drop,
@@ -286,6 +289,7 @@ def _dispatch_config(config: GatewayConfig) -> DispatchConfig:
         router=RouterConfig(
             slo_tpot_ms=config.slo_tpot_ms,
             prefers_faster_local=config.local_prefill == "auto",
+            prefixes=PrefixConfig(fetching=config.prefix_fetch),
         ),
         max_pending_requests=config.max_pending_requests,
     )

@@ -46,6 +46,7 @@ from baton.messages import (
     LeaseLost,
     LegMessage,
     NoRoom,
+    PrefixSource,
     Progress,
     Rebind,
     Release,
@@ -165,7 +166,7 @@ class RequestMachine:
 
     def _on_prefill(self, leg: PrefillLeg, message: LegMessage, now_ms: float) -> None:
         match message:
-            case Admitted(_, num_cached, ticket):
+            case Admitted(_, num_cached, ticket, prefix):
                 if ticket is None:
                     self._leg_failed(leg, Cause.PROTOCOL, "admitted without a ticket", now_ms)
                     return
@@ -174,7 +175,7 @@ class RequestMachine:
                 leg.left_ms = self._planner.local_ms(need, leg.info.worker_id, num_cached)
                 leg.as_of_ms = now_ms
                 self._patience.got_on()
-                self._timeline.admitted(num_cached, self._step_began_ms)
+                self._timeline.admitted(num_cached, self._step_began_ms, prefix)
             case Progress(_, _, left_ms):
                 leg.left_ms, leg.as_of_ms = left_ms, now_ms
             case TokenChunk():
@@ -195,9 +196,9 @@ class RequestMachine:
             case Bound(_, num_cached) if leg.phase is Phase.BINDING:
                 leg.phase = Phase.IMPORTING
                 self._patience.got_on()
-            case Admitted(_, num_cached, _):
+            case Admitted(_, num_cached, _, prefix):
                 self._patience.got_on()
-                self._timeline.admitted(num_cached, self._step_began_ms)
+                self._timeline.admitted(num_cached, self._step_began_ms, prefix)
             case Imported(_, stats) if leg.phase in {Phase.BINDING, Phase.IMPORTING}:
                 leg.phase = Phase.DECODING
                 self._timeline.imported(stats)
@@ -285,15 +286,22 @@ class RequestMachine:
         if decision.remote:
             self._prefill = PrefillLeg(leg, info, set(self._output.open_choices))
             self._timeline.prefills_on(info.worker_id)
-            self._send(info, Submit(leg, request))
+            self._send(info, Submit(leg, request, decision.source))
         else:
-            self._compute(leg, info, request)
+            self._compute(leg, info, request, decision.source)
+        if decision.prefix is not None:
+            prefix = decision.prefix
+            self._effects.append(
+                TransferStarted(leg, prefix.worker_id, info.worker_id, prefix.num_bytes)
+            )
 
-    def _compute(self, leg: LegId, info: WorkerInfo, request: Request) -> None:
+    def _compute(
+        self, leg: LegId, info: WorkerInfo, request: Request, source: PrefixSource | None = None
+    ) -> None:
         self._decode = DecodeLeg(leg, info, Phase.LOCAL)
         self._timeline.prefills_on(info.worker_id)
         self._timeline.decodes_on(info.worker_id)
-        self._send(info, ComputeLocally(leg, request))
+        self._send(info, ComputeLocally(leg, request, source))
 
     def _bind(self, prefill: PrefillLeg, ticket: KVTicket, now_ms: float) -> None:
         """Choose D as late as the forecast allows, and at the latest with the first token."""

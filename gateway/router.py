@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from baton.compat import pair_conflict
 from baton.errors import Cause
 from baton.gateway.backend import WorkerState
+from baton.gateway.predictions import prefill_ms, queue_ms
+from baton.gateway.prefix_plan import PrefixConfig, PrefixPlan, plan_prefix
 from baton.gateway.workers import Fleet, Worker, num_blocks
+from baton.messages import PrefixSource
 
 _MAX_LINE = (
     2  # local requests that wait at a worker; more wait at the gateway, earliest deadline first
 )
-_MIN_EVIDENCE = 3  # prefill steps before a worker's own model is believed over its peers'
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,7 @@ class RouterConfig:
     local_margin: float = 0.25
     local_margin_ms: float = 5.0
     decode_horizon_tokens: int = 64  # decode steps weighed against a transfer
+    prefixes: PrefixConfig = field(default_factory=PrefixConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,8 @@ class RouteDecision:
     predicted_ttft_ms: float
     predicted_ms: float  # as compared: with the transfer's visible part
     reason: str
+    prefix: PrefixPlan | None = None  # what `worker_id` fetches from another instead of computing
+    source: PrefixSource | None = None  # the same as it is told; filled in by the dispatcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,22 +122,22 @@ def plan(need: Need, fleet: Fleet, config: RouterConfig) -> RouteDecision | Refu
         finishers = [w for w in usable if need.whole_on(w) <= w.info.num_blocks]
         if not finishers:
             return _NEVER_FITS
-        alone = [_local(need, w, fleet, "no decode worker") for w in finishers if w in able]
+        alone = [_local(need, w, fleet, config, "no decode worker") for w in finishers if w in able]
         return min(alone, key=_order, default=_FULL)
     producers = [worker for worker in able if worker.role.can_prefill]
-    pairs = _pairs(need, producers, consumers, fleet)
+    pairs = _pairs(need, producers, consumers, fleet, config)
     remote = min(pairs, key=_order, default=None)
     # Without a remote route a short line at a full worker is better than waiting here.
     here = [w for w in consumers if w in able and (has_room(need, w) or _short_line(w))]
     if remote is None:
-        alone = [_local(need, worker, fleet, "no prefill worker") for worker in here]
+        alone = [_local(need, worker, fleet, config, "no prefill worker") for worker in here]
         return min(alone, key=_order, default=_FULL)
     if not config.prefers_faster_local:
         return remote
     better = [
         decision
         for worker in here
-        for decision in (_local(need, worker, fleet, "predicted faster"),)
+        for decision in (_local(need, worker, fleet, config, "predicted faster"),)
         if _worth_it(decision, worker, remote, need, fleet, config)
     ]
     return min([*better, remote], key=_order)
@@ -171,7 +176,7 @@ def pick_decode(
 
 def local_ms(need: Need, worker: Worker, fleet: Fleet, num_cached_tokens: int) -> float:
     """Predicted time until `worker` has computed the prompt itself, from `num_cached_tokens` on."""
-    return _queue_ms(worker, fleet) + _prefill_ms(
+    return queue_ms(worker, fleet) + prefill_ms(
         worker, fleet, need.context_len - num_cached_tokens, num_cached_tokens
     )
 
@@ -226,12 +231,18 @@ def _order(decision: RouteDecision) -> tuple[float, bool, str, str]:
 
 
 def _pairs(
-    need: Need, producers: list[Worker], consumers: list[Worker], fleet: Fleet
+    need: Need,
+    producers: list[Worker],
+    consumers: list[Worker],
+    fleet: Fleet,
+    config: RouterConfig,
 ) -> Iterator[RouteDecision]:
     for source in producers:
         cached = need.cached_on(source)
-        ttft = _queue_ms(source, fleet)
-        ttft += _prefill_ms(source, fleet, need.prompt_len - cached, cached)
+        prefix = plan_prefix(need.hits, need.prompt_len, cached, source, fleet, config.prefixes)
+        ttft = queue_ms(source, fleet)
+        ttft += prefill_ms(source, fleet, need.prompt_len - cached, cached)
+        ttft -= 0.0 if prefix is None else prefix.saved_ms
         for target in consumers:
             if target is source or pair_conflict(source.info, target.info) is not None:
                 continue
@@ -245,12 +256,17 @@ def _pairs(
                 predicted_ttft_ms=ttft,
                 predicted_ms=ttft + transfer,
                 reason="least predicted time",
+                prefix=prefix,
             )
 
 
-def _local(need: Need, worker: Worker, fleet: Fleet, reason: str) -> RouteDecision:
+def _local(
+    need: Need, worker: Worker, fleet: Fleet, config: RouterConfig, reason: str
+) -> RouteDecision:
     cached = need.cached_on(worker)
+    prefix = plan_prefix(need.hits, need.prompt_len, cached, worker, fleet, config.prefixes)
     ttft = local_ms(need, worker, fleet, cached)
+    ttft -= 0.0 if prefix is None else prefix.saved_ms
     return RouteDecision(
         remote=False,
         worker_id=worker.worker_id,
@@ -259,6 +275,7 @@ def _local(need: Need, worker: Worker, fleet: Fleet, reason: str) -> RouteDecisi
         predicted_ttft_ms=ttft,
         predicted_ms=ttft,
         reason=reason,
+        prefix=prefix,
     )
 
 
@@ -282,7 +299,7 @@ def _worth_it(
     snapshot = worker.snapshot
     chunk = min(need.context_len - local.num_cached_tokens, worker.latency.chunk_tokens)
     step = worker.latency.decode_step_ms(snapshot.num_running, snapshot.context_tokens)
-    step += _prefill_ms(worker, fleet, chunk, need.context_len - chunk)
+    step += prefill_ms(worker, fleet, chunk, need.context_len - chunk)
     return snapshot.num_running == 0 or step <= config.slo_tpot_ms
 
 
@@ -300,23 +317,3 @@ def _step_with(need: Need, worker: Worker) -> float:
     """A decode step there with this request on board."""
     context = worker.snapshot.context_tokens + need.num_choices * need.context_len
     return worker.latency.decode_step_ms(worker.num_sequences + need.num_choices, context)
-
-
-def _queue_ms(worker: Worker, fleet: Fleet) -> float:
-    return _prefill_ms(worker, fleet, worker.queued_tokens, 0)
-
-
-def _prefill_ms(worker: Worker, fleet: Fleet, num_uncached: int, num_cached: int) -> float:
-    """By the worker's own model, or, while it has prefilled too little, the slowest of its peers'.
-
-    Otherwise a decode worker that never prefilled would look as fast as the prior.
-    """
-    if worker.latency.num_prefill_steps >= _MIN_EVIDENCE:
-        return worker.latency.prefill_ms(num_uncached, num_cached)
-    known = [
-        peer.latency.prefill_ms(num_uncached, num_cached)
-        for peer in fleet
-        if peer.info.fingerprint == worker.info.fingerprint
-        and peer.latency.num_prefill_steps >= _MIN_EVIDENCE
-    ]
-    return max(known, default=worker.latency.prefill_ms(num_uncached, num_cached))

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from baton.errors import Cause
 from baton.gateway.backend import PrefillPath, RequestReport
+from baton.messages import PrefixFetched
 from baton.types import TransferStats
 
 
@@ -27,8 +28,13 @@ class Timeline:
     def decodes_on(self, worker_id: str) -> None:
         self.report = replace(self.report, decode_worker=worker_id)
 
-    def admitted(self, num_cached_tokens: int, began_ms: float) -> None:
-        """A worker began with the prompt; only the first time counts."""
+    def admitted(
+        self, num_cached_tokens: int, began_ms: float, prefix: PrefixFetched | None = None
+    ) -> None:
+        """A worker began with the prompt; only the first time counts, except for a prefix that was
+        fetched."""
+        if prefix is not None:
+            self.report = replace(self.report, prefixes=(*self.report.prefixes, prefix))
         if self._admitted_ms is None:
             self._admitted_ms = now_ms = max(began_ms, self._opened_ms)
             self.report = replace(

@@ -9,6 +9,7 @@ from baton.gateway.backend import ClusterView, LinkView, WorkerState, WorkerView
 from baton.latency import LatencyModel, LinkModel
 from baton.messages import (
     Abort,
+    Admitted,
     Bind,
     ComputeLocally,
     Failed,
@@ -225,6 +226,9 @@ class Fleet:
         match message:
             case Imported(_, stats):
                 self.transfer_ended(leg, stats)
+            case Admitted(_, _, _, prefix):
+                moved = None if prefix is None else prefix.stats
+                self.transfer_ended(leg, moved, failed=prefix is not None and moved is None)
             case KvFailed():
                 self.transfer_ended(leg, None, failed=True)
             case NoRoom() | Failed():

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from baton.errors import BatonError
+from baton.grants import HashChain
 from baton.types import KVLayout, KVRange, KVTicket, TransferStats, TransportAddress
 
 Buffers = Sequence[bytes | bytearray | memoryview]  # one frame, gathered: header, payload parts
@@ -30,9 +31,12 @@ Buffers = Sequence[bytes | bytearray | memoryview]  # one frame, gathered: heade
 
 @dataclass(frozen=True, slots=True)
 class FetchOpen:
-    """What a consumer asks for, and what it claims about itself (checked by the producer)."""
+    """What a consumer asks for, and what it claims about itself (checked by the producer).
 
-    ticket: KVTicket
+    By hash, `tokens_digest` is the last hash, and what comes may be less than `range`: FetchHave.
+    """
+
+    source: KVTicket | HashChain
     range: KVRange
     layout: KVLayout
     fingerprint: bytes

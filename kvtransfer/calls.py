@@ -15,6 +15,7 @@ import grpc
 
 from baton import wire
 from baton.errors import BatonError, Cause
+from baton.grants import HashChain
 from baton.kvtransfer.base import Buffers, FetchOpen, FrameSource
 from baton.kvtransfer.fetch_wire import (
     decode_reply,
@@ -166,7 +167,10 @@ async def _serve_call(
 ) -> None:
     opened_lane = None if offer.open_lane is None else await offer.open_lane(lane)
     try:
-        consumer = _CallConsumer(context, replies, Credits(fetch.initial_credit), opened_lane)
+        by_hash = isinstance(fetch.source, HashChain)
+        consumer = _CallConsumer(
+            context, replies, Credits(fetch.initial_credit), opened_lane, by_hash
+        )
         serving = asyncio.create_task(serve(offer.source, fetch, consumer))
         listening = asyncio.create_task(consumer.listen())
         try:
@@ -212,15 +216,23 @@ class _CallConsumer:
     """The consumer at the other end of a call; a `pump.Consumer`."""
 
     def __init__(
-        self, context: Any, replies: "_Replies", credits: Credits, lane: Lane | None
+        self,
+        context: Any,
+        replies: "_Replies",
+        credits: Credits,
+        lane: Lane | None,
+        by_hash: bool,
     ) -> None:
         self.credits = credits
         self.done = asyncio.Event()
         self._context = context
         self._replies = replies
         self._lane = lane
+        self._by_hash = by_hash
 
     async def opened(self, epoch: int, num_ready_tokens: int) -> None:
+        if self._by_hash:
+            await self._replies.write(pb.FetchReply(have=pb.FetchHave(num_tokens=num_ready_tokens)))
         opened = pb.FetchOpened(epoch=epoch, num_ready_tokens=num_ready_tokens)
         await self._replies.write(pb.FetchReply(opened=opened))
 
@@ -262,18 +274,25 @@ class FetchCall:
     def __init__(self, call: Any, opening: pb.FetchOpen) -> None:
         self._call = call
         self._opening = opening
-        self._num_allowed = 1 + opening.initial_credit  # replies: the answer, and frames
+        self._by_hash = opening.WhichOneof("source") == "chain"
+        # Replies: the answer, which has two parts by hash, and frames.
+        self._num_allowed = 1 + self._by_hash + opening.initial_credit
         self._replies: Arrivals[pb.FetchReply | memoryview] = Arrivals()
         self.is_broken = False  # the connection, as far as can be known
         self.reading = asyncio.create_task(self._read_all())
 
     async def answer(self) -> tuple[int, int]:
-        """Open the fetch: (epoch, num_ready_tokens)."""
+        """Open the fetch: (epoch, num_ready_tokens); by hash, these are all there will be."""
         await self._write(pb.FetchRequest(open=self._opening))
+        have = await self._expect("have") if self._by_hash else None
+        opened = (await self._expect("opened")).opened
+        return opened.epoch, opened.num_ready_tokens if have is None else have.have.num_tokens
+
+    async def _expect(self, kind: str) -> pb.FetchReply:
         (reply,) = await self._replies.take(1)
-        if isinstance(reply, memoryview) or reply.WhichOneof("message") != "opened":
-            raise BatonError(Cause.PROTOCOL, "a fetch is answered with FetchOpened")
-        return reply.opened.epoch, reply.opened.num_ready_tokens
+        if isinstance(reply, memoryview) or reply.WhichOneof("message") != kind:
+            raise BatonError(Cause.PROTOCOL, f"a fetch is answered with {kind!r} first")
+        return reply
 
     async def frames(self, max_frames: int) -> list[memoryview]:
         """The next ones, at least one.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from baton.errors import Cause
 from baton.kvtransfer.progress import KVReady
-from baton.types import BlockId, KVTicket, LegId, TokenChunk, TransportAddress
+from baton.types import BlockHash, BlockId, KVTicket, LegId, TokenChunk, TransportAddress
 
 # ── of a lease (the side that computed the KV) ───────────────────────────────────────────────────
 
@@ -59,7 +59,7 @@ class AttachGranted:
 
     key: int
     epoch: int
-    leg: LegId
+    leg: LegId | None  # None: a prefix by hash, pinned under `key`
     block_ids: tuple[BlockId, ...]  # cover prompt tokens [0, num_tokens) in order
     num_tokens: int
     ready: KVReady
@@ -110,6 +110,26 @@ LeaseEffect = (
     | AttachmentSampled
     | CutAttachment
 )
+
+# ── of a pin (a prefix that is read by hash) ─────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class PinPrefix:
+    """To the engine: pin what is ready of this chain; answer with `pinned`."""
+
+    key: int
+    hashes: tuple[BlockHash, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UnpinPrefix:
+    """To the engine: nobody reads it any more."""
+
+    key: int
+
+
+PinEffect = PinPrefix | UnpinPrefix | AttachGranted | AttachRefused | CutAttachment
 
 # ── of a reservation (the side that fetches) ─────────────────────────────────────────────────────
 

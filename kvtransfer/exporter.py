@@ -13,10 +13,12 @@ from dataclasses import replace
 from typing import Protocol
 
 from baton.errors import BatonError, Cause
+from baton.grants import HashChain
 from baton.kvtransfer.base import Buffers, FetchOpen, Staging
-from baton.kvtransfer.frames import HEADER_BYTES, FrameWriter
+from baton.kvtransfer.frames import HEADER_BYTES, FrameWriter, covered
 from baton.kvtransfer.memory import KVMemory
 from baton.kvtransfer.progress import KVReady, ReadCursor
+from baton.kvtransfer.turns import Turns
 from baton.types import BlockId, KVRange
 
 FRAME_BYTES = 1 << 20
@@ -138,12 +140,18 @@ class Exporter:
         self._memory = memory
         self._gate = gate
         self._frame_bytes = frame_bytes
+        self._turns = Turns()
 
     async def attach(self, fetch: FetchOpen) -> "ExportAttachment":
         if not self._memory.has(fetch.range):
             raise BatonError(Cause.PROTOCOL, f"there is no such KV: {fetch.range}")
         feed = await self._gate.attach(fetch)
-        return ExportAttachment(self._memory, self._gate, feed, fetch.range, self._frame_bytes)
+        where, by_hash = fetch.range, isinstance(fetch.source, HashChain)
+        if by_hash:
+            where = covered(where, feed.ready.num_tokens)
+        return ExportAttachment(
+            self._memory, self._gate, feed, where, self._frame_bytes, self._turns, by_hash
+        )
 
 
 class ExportAttachment:
@@ -156,9 +164,13 @@ class ExportAttachment:
         feed: ExportFeed,
         where: KVRange,
         frame_bytes: int,
+        turns: Turns,
+        yields: bool,
     ) -> None:
         self._memory = memory
         self._gate = gate
+        self._turns = turns
+        self._yields = yields
         self._feed = feed
         self._where = where
         self._frame_bytes = frame_bytes
@@ -197,7 +209,7 @@ class ExportAttachment:
 
     async def _read(self, parts: Sequence[KVRange], staging: Staging) -> list[Buffers]:
         """Data frames. Under the lock, so that `close` can wait for it."""
-        async with self._reading:
+        async with self._reading, self._turns.take(self._yields):
             self._feed.raise_if_cut()
             return await self._memory.run(self._pack, parts, staging)
 

@@ -2,8 +2,11 @@
 
 from baton import wire
 from baton.errors import BatonError, Cause
+from baton.grants import HashChain
 from baton.kvtransfer.base import Buffers, FetchOpen
+from baton.types import KVTicket
 from baton.v1 import kv_pb2 as pb
+from baton.wire_prefix import chain_from_pb, chain_to_pb
 
 MAX_LANE_BYTES = 64 << 10
 _FRAME_TAG = 0x1A  # FetchReply.frame: field 3, length-delimited
@@ -38,8 +41,7 @@ def decode_reply(data: bytes) -> pb.FetchReply | memoryview:
 
 
 def fetch_open_to_pb(fetch: FetchOpen, transport: str, lane: bytes) -> pb.FetchOpen:
-    return pb.FetchOpen(
-        ticket=wire.ticket_to_pb(fetch.ticket),
+    message = pb.FetchOpen(
         range=wire.range_to_pb(fetch.range),
         layout=wire.layout_to_pb(fetch.layout),
         fingerprint=fetch.fingerprint,
@@ -50,19 +52,23 @@ def fetch_open_to_pb(fetch: FetchOpen, transport: str, lane: bytes) -> pb.FetchO
         initial_credit=fetch.initial_credit,
         lane=lane,
     )
+    if isinstance(fetch.source, HashChain):
+        message.chain.CopyFrom(chain_to_pb(fetch.source))
+        message.consumer_incarnation = fetch.source.consumer_incarnation
+    else:
+        message.ticket.CopyFrom(wire.ticket_to_pb(fetch.source))
+    return message
 
 
 def fetch_open_from_pb(message: pb.FetchOpen) -> tuple[FetchOpen, str, bytes]:
     """(fetch, transport, lane).
 
     Raises:
-        BatonError: PROTOCOL; UNSUPPORTED for a fetch by hash.
+        BatonError: PROTOCOL; UNSUPPORTED for a source of a later version.
     """
-    if message.WhichOneof("source") != "ticket":
-        raise BatonError(Cause.UNSUPPORTED, "only fetches with a ticket are served")
     wire.check_len(message.lane, MAX_LANE_BYTES, "lane")
     fetch = FetchOpen(
-        ticket=wire.ticket_from_pb(message.ticket),
+        source=_source_from_pb(message),
         range=wire.range_from_pb(message.range),
         layout=wire.layout_from_pb(message.layout),
         fingerprint=wire.exactly(message.fingerprint, wire.DIGEST_BYTES, "fingerprint"),
@@ -72,3 +78,13 @@ def fetch_open_from_pb(message: pb.FetchOpen) -> tuple[FetchOpen, str, bytes]:
         initial_credit=message.initial_credit,
     )
     return fetch, wire.text(message.transport, wire.MAX_ID_LEN, "transport"), message.lane
+
+
+def _source_from_pb(message: pb.FetchOpen) -> KVTicket | HashChain:
+    match message.WhichOneof("source"):
+        case "ticket":
+            return wire.ticket_from_pb(message.ticket)
+        case "chain":
+            return chain_from_pb(message.chain, message.consumer_incarnation)
+        case _:
+            raise BatonError(Cause.UNSUPPORTED, "a fetch needs a ticket or a chain of hashes")

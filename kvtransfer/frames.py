@@ -38,7 +38,7 @@ the payload, and those only after the bounds above.
 """
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import xxhash
@@ -151,6 +151,12 @@ def decode(data: bytes | memoryview, max_frame_bytes: int = MAX_FRAME_BYTES) -> 
     if kind not in (FrameKind.DATA, FrameKind.END) or not _is_sane(where, kind):
         raise BatonError(Cause.FRAME_CORRUPT, f"kind {kind} with ranges {where}")
     return Frame(FrameKind(kind), epoch, seq, where, payload)
+
+
+def covered(where: KVRange, num_tokens: int) -> KVRange:
+    """What a fetch by hash moves of `where` when the producer has `num_tokens`: perhaps nothing."""
+    stop = max(where.token_start, min(where.token_stop, num_tokens))
+    return replace(where, token_stop=stop)
 
 
 class FrameWriter:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from baton.errors import BatonError, Cause
-from baton.kvtransfer.frames import Frame, FrameKind, FrameReader
+from baton.kvtransfer.frames import Frame, FrameKind, FrameReader, covered
 from baton.kvtransfer.memory import KVMemory
 from baton.types import BlockId, KVRange
 
@@ -28,6 +28,7 @@ class Importer:
         where: KVRange,
         rate_bytes_s: float = INITIAL_RATE_BYTES_S,
         clock: Callable[[], float] = time.monotonic,
+        takes_less: bool = False,
     ) -> None:
         """
         Args:
@@ -36,10 +37,13 @@ class Importer:
                 already. No tokens at all = only the end frame is wanted.
             rate_bytes_s: measured rate of the link, for the progress deadline.
             clock: monotonic seconds.
+            takes_less: by hash, the producer has what it has: it says so at opening, and what is
+                beyond is not waited for.
         """
         self._memory = memory
         self._block_ids = block_ids
         self._where = where
+        self._takes_less = takes_less
         self._rate_bytes_s = rate_bytes_s
         self._clock = clock
         self._started_s = 0.0
@@ -65,6 +69,8 @@ class Importer:
         if self._reader is not None:
             raise BatonError(Cause.PROTOCOL, "opened twice")
         self._reader = FrameReader(epoch)
+        if self._takes_less:
+            self._where = covered(self._where, num_ready_tokens)
         self._num_ready_tokens = num_ready_tokens
         self._started_s = self._clock()
 

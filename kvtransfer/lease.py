@@ -119,6 +119,12 @@ class LeaseTable:
         lease = self._leases.get(leg)
         return None if lease is None else lease.state
 
+    def mint_epoch(self) -> int:
+        """One that no attachment of this process has had."""
+        epoch = self._next_epoch
+        self._next_epoch = (epoch + 1) % 2**64 or 1  # 0 is no epoch
+        return epoch
+
     # ── from the engine ──────────────────────────────────────────────────────────────────────────
 
     def open(
@@ -317,8 +323,7 @@ class LeaseTable:
     # ── transitions ──────────────────────────────────────────────────────────────────────────────
 
     def _grant(self, lease: _Lease, key: int, token_start: int, now_ms: int) -> AttachGranted:
-        epoch = self._next_epoch
-        self._next_epoch = (epoch + 1) % 2**64 or 1  # 0 is no epoch
+        epoch = self.mint_epoch()
         lease.attachments[epoch] = _Attachment(epoch, token_start, now_ms)
         self.counts["reattached" if lease.num_grants else "attached"] += 1
         lease.num_grants += 1

@@ -51,7 +51,7 @@ class _Decision(Enum):
 @dataclass(slots=True)
 class _Reservation:
     leg: LegId
-    source: KVSource
+    source: KVSource | None  # None: a prefix by hash, which is never fetched again
     state: ReservationState = ReservationState.RESERVING
     block_ids: tuple[BlockId, ...] = ()  # from the engine's answer on
     num_tokens: int = 0
@@ -59,6 +59,7 @@ class _Reservation:
     decision: _Decision = _Decision.ASK
     decide_by_ms: int = 0  # while FAILED
     progress_at_ms: int = 0  # while FETCHING
+    compute_by_ms: int | None = None  # while FETCHING a prefix
     is_stalled: bool = False
 
 
@@ -123,6 +124,31 @@ class ReservationTable:
             return [CancelFetch(leg), DropReservation(leg, in_flight=True)]
         del self._reservations[leg]
         return [DropReservation(leg, in_flight=False)]
+
+    def fetch_prefix(
+        self,
+        leg: LegId,
+        block_ids: tuple[BlockId, ...],
+        token_start: int,
+        token_stop: int,
+        compute_by_ms: int | None,
+        now_ms: int,
+    ) -> None:
+        """The caller fetches prompt tokens [token_start, token_stop) by hash into blocks that the
+        engine has reserved. It is decided what comes next: compute what is missing, at
+        `compute_by_ms` in any case. However it ends, report `fetch_failed`."""
+        assert leg not in self._reservations
+        self._reservations[leg] = _Reservation(
+            leg,
+            None,
+            ReservationState.FETCHING,
+            block_ids,
+            num_tokens=token_stop,
+            valid_tokens=token_start,
+            decision=_Decision.COMPUTE,
+            progress_at_ms=now_ms,
+            compute_by_ms=compute_by_ms,
+        )
 
     # ── from the engine ──────────────────────────────────────────────────────────────────────────
 
@@ -213,7 +239,8 @@ class ReservationTable:
         effects: list[ReservationEffect] = []
         for r in list(self._reservations.values()):
             if r.state is ReservationState.FETCHING and not r.is_stalled:
-                r.is_stalled = now_ms - r.progress_at_ms > self._stall_ms
+                late = r.compute_by_ms is not None and r.compute_by_ms <= now_ms
+                r.is_stalled = late or now_ms - r.progress_at_ms > self._stall_ms
                 if r.is_stalled:
                     effects.append(CancelFetch(r.leg))
             if r.state is ReservationState.FAILED and r.decide_by_ms <= now_ms:
@@ -236,6 +263,7 @@ class ReservationTable:
         return [CancelFetch(reservation.leg)] if fetching and was_asking else []
 
     def _fetch(self, reservation: _Reservation, now_ms: int) -> list[ReservationEffect]:
+        assert reservation.source is not None, "a prefix is fetched once"
         reservation.state = ReservationState.FETCHING
         reservation.decision = _Decision.ASK
         reservation.progress_at_ms = now_ms

@@ -9,7 +9,6 @@ Signed bytes (test vector: docs/kv-exchange.md): "baton-ticket-1", then every fi
 order of `KVTicket`; integers as u64le, byte strings and text (UTF-8) with their length as u32le.
 """
 
-import hashlib
 import hmac
 import secrets
 import struct
@@ -17,17 +16,12 @@ from dataclasses import replace
 
 from baton.compat import layout_conflict
 from baton.errors import BatonError, Cause
-from baton.hashing import tokens_digest
+from baton.hashing import salt_digest, tokens_digest
 from baton.kvtransfer.base import FetchOpen
 from baton.types import KVLayout, KVTicket, Request
 
 _DOMAIN = b"baton-ticket-1"
 KEY_BYTES = 32
-
-
-def salt_digest(salt: bytes) -> bytes:
-    """SHA-256 of a request's salt: names its tenant without telling it."""
-    return hashlib.sha256(salt).digest()
 
 
 def ticket_bytes(ticket: KVTicket) -> bytes:
@@ -135,7 +129,7 @@ def check_ticket(ticket: KVTicket, request: Request, fingerprint: bytes, layout:
     _check_prompt(ticket, digest, salt_digest(request.salt))
 
 
-def check_fetch(fetch: FetchOpen) -> None:
+def check_fetch(fetch: FetchOpen, ticket: KVTicket) -> None:
     """Producer: may the consumer that claims this use the ticket it presents? (Its signature is
     checked by `TicketKeyring.verify`.)
 
@@ -143,7 +137,7 @@ def check_fetch(fetch: FetchOpen) -> None:
         BatonError: MODEL_MISMATCH, LAYOUT_INCOMPATIBLE, TENANT_MISMATCH, TOKENS_MISMATCH, PROTOCOL
         (a range that the ticket does not cover).
     """
-    ticket, wanted = fetch.ticket, fetch.range
+    wanted = fetch.range
     _check_model(ticket.fingerprint, fetch.fingerprint, ticket.layout, fetch.layout)
     _check_prompt(ticket, fetch.tokens_digest, fetch.salt_digest)
     tokens_ok = 0 <= wanted.token_start <= wanted.token_stop == ticket.num_tokens

@@ -140,6 +140,21 @@ class Admission:
             hashes = seq.block_hashes(index, cache.hashes_per_block)
             cache.announce(seq.block_ids[index], hashes, seq)
 
+    def claim_prefix(self, seq: Sequence) -> int:
+        """Become the writer of what may be fetched of the prompt, up to the first block that is
+        here or that another sequence computes; where that ends, or 0 for less than a block."""
+        pool, block_size = self._pool, self._config.block_size
+        start = seq.num_computed_tokens
+        stop = min(seq.leg.num_fetch_tokens, seq.num_prompt_tokens - 1)
+        if not pool.cache.enabled or stop - start < block_size:
+            return 0
+        for index in range(start // block_size, self._config.num_blocks_for(stop)):
+            block = seq.block_ids[index]
+            if pool.cache.is_ready(block) or not pool.cache.claim(block, seq):
+                stop = index * block_size
+                break
+        return stop if stop - start >= block_size else 0
+
     def skip_computed(self, seq: Sequence) -> None:
         """Move past blocks whose KV is there, computed by others."""
         cache, block_size = self._pool.cache, self._config.block_size

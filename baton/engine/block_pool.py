@@ -4,9 +4,10 @@ Every block is in exactly one of these places:
 
     unused      nobody owns it and its content is of no use
     evictable   nobody owns it; its KV is ready for the prefix cache or for a retained leg (LRU)
-    owned       reference count > 0: sequences, and quarantines
+    owned       reference count > 0: sequences, quarantines, and pins
 
-A quarantine owns the blocks of a leg that is over while a transfer may still read or write them.
+A quarantine owns the blocks of a leg that is over while a transfer may still read or write them; a
+pin owns blocks of the prefix cache while another worker reads them.
 Unused and evictable blocks count as free. Unused blocks are handed out in runs of consecutive ids
 where there are any, and a little apart from what is in use, so that a sequence's blocks tend to lie
 side by side: attention on CPU then reads them through one view.
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 
 from baton.engine.prefix_cache import PrefixCache
-from baton.types import BlockId, LegId
+from baton.types import BlockHash, BlockId, LegId
 
 _GAP = 8  # blocks left free for a neighbour to grow into, while there are enough
 
@@ -33,6 +34,7 @@ class BlockPool:
         self._num_unused = num_blocks
         self._evictable: OrderedDict[BlockId, None] = OrderedDict()  # next to go first
         self._quarantine: dict[LegId, list[BlockId]] = {}
+        self._pins: dict[int, list[BlockId]] = {}
         self._retained: dict[LegId, tuple[BlockId, ...]] = {}
         self._retainers: dict[BlockId, set[LegId]] = {}
         self._evicted_legs: list[LegId] = []  # since take_evicted_legs
@@ -125,7 +127,21 @@ class BlockPool:
 
     def quiesce(self, leg: LegId) -> None:
         """Nobody reads or writes the leg's blocks any more. Unknown legs are ignored."""
-        self.release(self._quarantine.pop(leg, []))
+        blocks = self._quarantine.pop(leg, [])
+        self.cache.abandon_finished(blocks)
+        self.release(blocks)
+
+    # ── pinned prefixes ──────────────────────────────────────────────────────────────────────────
+
+    def pin_prefix(self, pin: int, hashes: Seq[BlockHash]) -> list[BlockId]:
+        """One reference on each block of the longest ready prefix, until `unpin_prefix`."""
+        assert pin not in self._pins
+        self._pins[pin] = self.cache.find(hashes, len(hashes), ready=True)
+        self.acquire(self._pins[pin])
+        return self._pins[pin]
+
+    def unpin_prefix(self, pin: int) -> None:
+        self.release(self._pins.pop(pin))
 
     # ── retained legs ────────────────────────────────────────────────────────────────────────────
 
@@ -174,7 +190,7 @@ class BlockPool:
             AssertionError: a leak, a double use, or maps that disagree.
         """
         expected = Counter(num_owners)
-        for blocks in self._quarantine.values():
+        for blocks in (*self._quarantine.values(), *self._pins.values()):
             expected.update(blocks)
         for block in map(BlockId, range(self.num_blocks)):
             refs = self._num_refs[block]

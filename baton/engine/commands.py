@@ -4,6 +4,8 @@ unchanged.
 A *leg* is one request on this worker. Life of a leg, by the command that opens it:
 
     AddPrefill   waiting → running (prefill) → held        until Release or Abort
+                 waiting → waiting_for_kv (its prefix) → running … where one can be fetched; as
+                 for AddLocal
     AddDecode    waiting_for_kv → running (recompute committed output, decode) → finished
     AddLocal     waiting → running (prefill, decode) → finished
     Share        held, beside the running leg whose blocks it holds, until Release or Abort
@@ -17,7 +19,7 @@ worker answers every LegFailed with Quiesced. A command for a leg that is gone i
 
 from dataclasses import dataclass
 
-from baton.types import LegId, Request, TokenChunk
+from baton.types import BlockHash, LegId, Request, TokenChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class AddPrefill:
 
     leg: LegId
     request: Request
+    num_fetch_tokens: int = 0  # so many prompt tokens may be fetched: see PrefixReserved
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,30 @@ class AddLocal:
 
     leg: LegId
     request: Request
+    num_fetch_tokens: int = 0  # as in AddPrefill
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixArrived:
+    """Answers PrefixReserved: the writer has stopped, prompt tokens [0, valid_tokens) are verified.
+    The leg computes the rest."""
+
+    leg: LegId
+    valid_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PinPrefix:
+    """Own the blocks of the longest ready prefix of this chain, for a reader, until UnpinPrefix.
+    Answered by PrefixPinned at the end of the step; what is being computed is not waited for."""
+
+    pin: int
+    hashes: tuple[BlockHash, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UnpinPrefix:
+    pin: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,12 +177,13 @@ class Quiesced:
     leg: LegId
 
 
-Command = (
+LegCommand = (
     AddPrefill
     | AddDecode
     | AddLocal
     | Share
     | Advance
+    | PrefixArrived
     | KVImported
     | KVFailed
     | ComputeHere
@@ -165,3 +193,4 @@ Command = (
     | Abort
     | Quiesced
 )
+Command = LegCommand | PinPrefix | UnpinPrefix

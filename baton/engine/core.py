@@ -140,7 +140,8 @@ class EngineCore:
         if not (timing or events or stored or removed or self._is_touched):
             return None
         self._is_touched = False
-        return StepOutput(events, self.snapshot(), timing, stored, removed)
+        pinned = self._report.take_pinned()  # with a command, so the output is not quiet
+        return StepOutput(events, self.snapshot(), timing, stored, removed, pinned)
 
     def snapshot(self) -> WorkerSnapshot:
         """The load as this engine knows it: the worker fills in draining and step_age_ms."""

@@ -40,6 +40,19 @@ class KVReserved:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixReserved:
+    """AddPrefill / AddLocal with `num_fetch_tokens`: blocks for the whole prompt are reserved, and
+    tokens [num_cached_tokens, num_fetch_tokens) are neither here nor being computed. The leg waits
+    until PrefixArrived; then LegAdmitted follows. Whoever needs the same prefix waits with it."""
+
+    leg: LegId
+    block_ids: tuple[BlockId, ...]
+    hashes: tuple[BlockHash, ...]  # of the prompt, from the root on
+    num_cached_tokens: int
+    num_fetch_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class LegRefused:
     """No room now; nothing is held."""
 
@@ -50,7 +63,7 @@ class LegRefused:
 @dataclass(frozen=True, slots=True)
 class LegFailed:
     """The leg is over. Blocks that a transfer may be touching (an admitted AddPrefill, a reserved
-    AddDecode) are in quarantine until Quiesced; everything else it held is free."""
+    AddDecode or prefix) are in quarantine until Quiesced; everything else it held is free."""
 
     leg: LegId
     cause: Cause
@@ -84,8 +97,18 @@ class LeaseEvicted:
     leg: LegId
 
 
+@dataclass(frozen=True, slots=True)
+class PrefixPinned:
+    """Answers PinPrefix: the blocks of the first `num_tokens` tokens are held; perhaps none."""
+
+    pin: int
+    block_ids: tuple[BlockId, ...]
+    num_tokens: int
+
+
 LegEvent = (
     LegAdmitted
+    | PrefixReserved
     | PrefillProgress
     | KVReserved
     | LegRefused
@@ -111,3 +134,4 @@ class StepOutput:
     timing: StepTiming | None
     stored: tuple[BlockHash, ...] = ()
     removed: tuple[BlockHash, ...] = ()
+    pinned: tuple[PrefixPinned, ...] = ()

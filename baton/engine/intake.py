@@ -40,6 +40,8 @@ class Intake:
                 self._open(command)
             case c.Advance():
                 self._advance(command)
+            case c.PrefixArrived() | c.PinPrefix() | c.UnpinPrefix():
+                self._on_prefix(command)
             case c.KVImported():
                 self._kv_imported(command)
             case c.KVFailed():
@@ -73,11 +75,13 @@ class Intake:
     def _add_prefill(self, command: c.AddPrefill) -> None:
         leg = self._legs.open(LegKind.PREFILL, command.leg, command.request)
         if leg is not None:
+            leg.num_fetch_tokens = command.num_fetch_tokens
             self._scheduler.enqueue(self._legs.new_trunk(leg))
 
     def _add_local(self, command: c.AddLocal) -> None:
         leg = self._legs.open(LegKind.LOCAL, command.leg, command.request)
         if leg is not None:
+            leg.num_fetch_tokens = command.num_fetch_tokens
             self._compute(leg)
 
     def _compute(self, leg: Leg) -> None:
@@ -206,6 +210,26 @@ class Intake:
         self._scheduler.admission.publish(trunk)
         self._scheduler.leave(trunk, SequenceStatus.HELD)
         self._compute(leg)
+
+    # ── prefixes by hash ─────────────────────────────────────────────────────────────────────────
+
+    def _on_prefix(self, command: c.PrefixArrived | c.PinPrefix | c.UnpinPrefix) -> None:
+        match command:
+            case c.PrefixArrived():
+                self._prefix_arrived(command)
+            case c.PinPrefix(pin, hashes):
+                self._report.prefix_pinned(pin, self._pool.pin_prefix(pin, hashes))
+            case c.UnpinPrefix(pin):
+                self._pool.unpin_prefix(pin)
+
+    def _prefix_arrived(self, command: c.PrefixArrived) -> None:
+        leg = self._legs.get(command.leg)
+        if leg is None or leg.kind is LegKind.DECODE:
+            return
+        for seq in leg.sequences():
+            if seq.status is SequenceStatus.WAITING_FOR_KV:
+                leg.is_exposed = False
+                self._scheduler.unpark(seq, min(command.valid_tokens, leg.num_prompt_tokens - 1))
 
     # ── held ─────────────────────────────────────────────────────────────────────────────────────
 

@@ -178,8 +178,9 @@ class Legs:
         """The whole leg is over; its blocks are free, or in quarantine while in flight."""
         blocks = []
         for seq in leg.sequences():
+            is_written = in_flight and seq.status is SequenceStatus.WAITING_FOR_KV
             self._scheduler.leave(seq, status)
-            blocks += self._scheduler.take_blocks(seq)
+            blocks += self._scheduler.take_blocks(seq, abandon=not is_written)
         if leg.is_retained and in_flight:
             blocks = self._pool.pin(leg.leg_id)
         elif leg.is_retained:

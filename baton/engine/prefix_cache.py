@@ -80,6 +80,13 @@ class PrefixCache:
             if self._writers.get(block) is writer:
                 self._writers[block] = None
 
+    def abandon_finished(self, blocks: Iterable[BlockId]) -> None:
+        """The same for writers that were over before their transfer had stopped writing."""
+        for block in blocks:
+            writer = self._writers.get(block)
+            if writer is not None and writer.status.is_finished:
+                self._writers[block] = None
+
     def publish(self, block: BlockId, hashes: Hashes) -> None:
         """The KV of `block` is complete. A prefix that is known already keeps its block."""
         if not self.enabled:

@@ -12,10 +12,12 @@ from baton.engine.events import (
     LegRefused,
     LegTokens,
     PrefillProgress,
+    PrefixPinned,
+    PrefixReserved,
 )
 from baton.engine.sequence import Leg, LegKind, Sequence
 from baton.errors import Cause
-from baton.types import BlockId, FinishReason, LegId, Logprobs, TokenChunk
+from baton.types import HASH_TOKENS, BlockId, FinishReason, LegId, Logprobs, TokenChunk
 
 
 class Report:
@@ -24,6 +26,7 @@ class Report:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._events: list[LegEvent] = []
+        self._pinned: list[PrefixPinned] = []
 
     def __bool__(self) -> bool:
         return bool(self._events)
@@ -43,6 +46,30 @@ class Report:
             num_cached = min(seq.num_computed_tokens, num_prompt)
             blocks = tuple(seq.block_ids[: self._config.num_blocks_for(num_prompt)])
             self._events.append(LegAdmitted(leg.leg_id, blocks, num_prompt, num_cached))
+
+    def prefix_reserved(self, seq: Sequence, num_fetch_tokens: int) -> None:
+        leg = seq.leg
+        leg.is_exposed = True
+        blocks = tuple(seq.block_ids[: self._config.num_blocks_for(seq.num_prompt_tokens)])
+        num_hashes = seq.num_prompt_tokens // HASH_TOKENS
+        self._events.append(
+            PrefixReserved(
+                leg.leg_id,
+                blocks,
+                tuple(seq.hashes[:num_hashes]),
+                seq.num_computed_tokens,
+                num_fetch_tokens,
+            )
+        )
+
+    def prefix_pinned(self, pin: int, block_ids: list[BlockId]) -> None:
+        num_tokens = len(block_ids) * self._config.block_size
+        self._pinned.append(PrefixPinned(pin, tuple(block_ids), num_tokens))
+
+    def take_pinned(self) -> tuple[PrefixPinned, ...]:
+        pinned = tuple(self._pinned)
+        self._pinned.clear()
+        return pinned
 
     def reserved(self, leg: Leg, block_ids: list[BlockId], num_cached_tokens: int) -> None:
         leg.is_admitted = leg.is_exposed = True

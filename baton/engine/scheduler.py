@@ -52,6 +52,16 @@ class Scheduler:
         seq.status = SequenceStatus.WAITING_FOR_KV
         self.waiting_for_kv.add(seq.leg.leg_id)
 
+    def unpark(self, seq: Sequence, num_computed_tokens: int) -> None:
+        """Its prefix has come, as far as it has. Whoever waits for the rest of its blocks may
+        compute them: it might find no seat before them."""
+        seq.num_computed_tokens = max(seq.num_computed_tokens, num_computed_tokens)
+        self.admission.publish(seq)
+        self._pool.cache.abandon(seq.block_ids[seq.num_published_blocks :], seq)
+        self.leave(seq, SequenceStatus.HELD)
+        self.enqueue(seq)
+        self._admitted(seq)
+
     def leave(self, seq: Sequence, status: SequenceStatus) -> None:
         """Out of its queue; its blocks stay with it."""
         if seq.status is SequenceStatus.RUNNING:
@@ -71,9 +81,11 @@ class Scheduler:
         seq.output_token_ids += token_ids
         self.enqueue(seq)
 
-    def take_blocks(self, seq: Sequence) -> list[BlockId]:
-        """The references of `seq`, for the caller to release or to pass on."""
-        self._pool.cache.abandon(seq.block_ids[seq.num_published_blocks :], seq)
+    def take_blocks(self, seq: Sequence, *, abandon: bool = True) -> list[BlockId]:
+        """The references of `seq`, for the caller to release or to pass on. Without `abandon`,
+        those who wait for what `seq` was to write go on waiting, until the quarantine is lifted."""
+        if abandon:
+            self._pool.cache.abandon(seq.block_ids[seq.num_published_blocks :], seq)
         blocks = seq.block_ids + seq.reserve
         seq.block_ids, seq.reserve = [], []
         seq.num_computed_tokens = seq.num_published_blocks = 0
@@ -111,8 +123,12 @@ class Scheduler:
                 return
             if not self.admission.admit(seq, self.num_decoding()):
                 return
-            self._seat_admitted(seq)
-            self._schedule_chunk(seq, step)
+            del self.waiting[0]
+            self.num_waiting_tokens -= seq.num_tokens
+            if not self._await_prefix(seq):
+                self._seat(seq)
+                self._admitted(seq)
+                self._schedule_chunk(seq, step)
 
     def _has_seat(self) -> bool:
         return len(self.running) < self._config.max_num_seqs
@@ -123,10 +139,18 @@ class Scheduler:
             self._seat(seq)
             self.admission.announce(seq, seq.num_published_blocks)
 
-    def _seat_admitted(self, seq: Sequence) -> None:
-        del self.waiting[0]
-        self.num_waiting_tokens -= seq.num_tokens
-        self._seat(seq)
+    def _await_prefix(self, seq: Sequence) -> bool:
+        """Whether `seq`, which has its blocks, waits for a part of its prompt to be fetched."""
+        leg, stop = seq.leg, 0
+        if leg.num_fetch_tokens and len(self.waiting_for_kv) < self._config.max_num_seqs:
+            stop = self.admission.claim_prefix(seq)
+        leg.num_fetch_tokens = 0
+        if stop:
+            self.park(seq)
+            self._report.prefix_reserved(seq, stop)
+        return bool(stop)
+
+    def _admitted(self, seq: Sequence) -> None:
         self._report.admitted(seq)
         if seq.leg.kind is LegKind.PREFILL:
             self.leases.add(seq.leg.leg_id)
@@ -145,9 +169,10 @@ class Scheduler:
         step.add(seq, start, start + 1)
 
     def _schedule_chunk(self, seq: Sequence, step: Step) -> None:
-        seq = self._computer_for(seq)
-        if seq.seq_id in step.seq_ids or step.budget == 0:
+        computer = self._computer_for(seq)
+        if computer is None or computer.seq_id in step.seq_ids or step.budget == 0:
             return
+        seq = computer
         start = seq.num_computed_tokens
         stop = self._claim(seq, start, min(seq.num_tokens, start + step.budget))
         if self._make_room(seq, start, stop, step):
@@ -157,8 +182,9 @@ class Scheduler:
             # is already part of this step is not possible, and waiting while holding is not safe.
             self._preempt(seq)
 
-    def _computer_for(self, seq: Sequence) -> Sequence:
-        """`seq`, or whoever computes the block that it waits for: that one inherits its turn."""
+    def _computer_for(self, seq: Sequence) -> Sequence | None:
+        """`seq`, or whoever computes the block that it waits for: that one inherits its turn. None
+        while that block is fetched."""
         cache, block_size = self._pool.cache, self._config.block_size
         while True:
             start = seq.num_computed_tokens
@@ -168,6 +194,8 @@ class Scheduler:
             writer = cache.writer(seq.block_ids[index]) if index < len(seq.block_ids) else None
             if writer is None or writer is seq:
                 return seq
+            if writer.status is not SequenceStatus.RUNNING:
+                return None
             seq = writer
 
     def _claim(self, seq: Sequence, start: int, stop: int) -> int:
@@ -214,9 +242,8 @@ class Scheduler:
         """The last in the order of those who hold blocks; never one that has a ticket."""
         prefill = LegKind.PREFILL
         running = next(seq for seq in reversed(self.running) if seq.leg.kind is not prefill)
-        if self.ready and self.ready[-1].order > running.order:
-            return self.ready[-1]
-        return running
+        ready = next((s for s in reversed(self.ready) if s.leg.kind is not prefill), running)
+        return max(ready, running, key=_order)
 
     def _preempt(self, seq: Sequence) -> None:
         self.leave(seq, SequenceStatus.PREEMPTED)

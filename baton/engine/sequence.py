@@ -67,6 +67,7 @@ class Leg:
     is_exposed: bool = False  # a transfer may touch its blocks, since it is admitted
     has_emitted: bool = False  # told a token
     is_retained: bool = False
+    num_fetch_tokens: int = 0  # prompt tokens that may be fetched instead of computed; once
     num_fetched_tokens: int = 0  # of a DECODE leg: `shared_token_ids` whose KV is to be written
     num_verified_tokens: int = 0  # of these: known to be good
     _seeds: dict[int, int] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from baton.engine.events import (
     PrefillProgress,
 )
 from baton.errors import BatonError, Cause
+from baton.hashing import salt_digest
 from baton.kvtransfer.base import FetchOpen
 from baton.kvtransfer.effects import (
     AskDecision,
@@ -33,8 +34,17 @@ from baton.kvtransfer.effects import (
     StartFetch,
 )
 from baton.kvtransfer.reservation import ReservationTable
-from baton.kvtransfer.ticket import check_ticket, salt_digest
-from baton.messages import Admitted, Bound, Failed, Imported, KvFailed, NoRoom, Progress
+from baton.kvtransfer.ticket import check_ticket
+from baton.messages import (
+    Admitted,
+    Bound,
+    ComputeLocally,
+    Failed,
+    Imported,
+    KvFailed,
+    NoRoom,
+    Progress,
+)
 from baton.types import (
     KVRange,
     KVTicket,
@@ -47,6 +57,7 @@ from baton.types import (
 from baton.worker.effects import FetchKV, SessionId
 from baton.worker.outbox import Outbox
 from baton.worker.policy import PrefillPredictor, WorkerPolicy
+from baton.worker.prefix_fetches import PrefixFetches
 
 
 @dataclass(slots=True)
@@ -66,11 +77,13 @@ class ConsumerSide:
         policy: WorkerPolicy,
         predictor: PrefillPredictor,
         outbox: Outbox,
+        prefixes: PrefixFetches,
     ) -> None:
         self._info = info
         self._policy = policy
         self._predictor = predictor
         self._outbox = outbox
+        self._prefixes = prefixes
         self._legs: dict[LegId, _DecodeLeg] = {}
         self.reservations = ReservationTable(policy.decide_ms, policy.fetch_stall_ms)
 
@@ -122,10 +135,9 @@ class ConsumerSide:
     def _check_ticket(self, ticket: KVTicket, request: Request) -> None:
         check_ticket(ticket, request, self._info.fingerprint, self._info.layout)
 
-    def compute_locally(
-        self, session: SessionId, leg: LegId, request: Request, now_ms: int
-    ) -> None:
+    def compute_locally(self, session: SessionId, message: ComputeLocally, now_ms: int) -> None:
         """For a known leg: fetch no more. If it runs already, go on behind what is committed."""
+        leg, request = message.leg, message.request
         if leg in self.reservations:
             self._carry_out(self.reservations.compute(leg, now_ms))
             return
@@ -133,12 +145,14 @@ class ConsumerSide:
             self._advance(leg, request)
             return
         self._open(session, leg, request, now_ms)
-        self._outbox.post(commands.AddLocal(leg, request))
+        num_fetch_tokens = self._prefixes.want(leg, request, message.prefix)
+        self._outbox.post(commands.AddLocal(leg, request, num_fetch_tokens))
 
     def _advance(self, leg: LegId, request: Request) -> None:
         for choice in request.finished_choices:
             self.abort_choice(leg, choice)
-        if leg in self._legs and request.output_token_ids:
+        # Whoever waits for a prefix has told nothing yet: it computes what others have told, too.
+        if leg in self._legs and leg not in self._prefixes and request.output_token_ids:
             self._outbox.post(commands.Advance(leg, request.output_token_ids))
 
     def running(self, session: SessionId, request_id: str) -> LegId | None:
@@ -150,6 +164,7 @@ class ConsumerSide:
                 if leg.request_id == request_id
                 and record.session == session
                 and leg not in self.reservations
+                and leg not in self._prefixes
             ),
             None,
         )
@@ -164,7 +179,7 @@ class ConsumerSide:
         if leg in self.reservations:
             self._carry_out(self.reservations.abort(leg))
         else:
-            self._outbox.post(commands.Abort(leg))
+            self._outbox.post(commands.Abort(leg, in_flight=self._prefixes.abort(leg)))
 
     def abort_choice(self, leg: LegId, choice: int) -> None:
         """The last open choice takes the leg with it: only this side knows of a fetch under way."""
@@ -199,7 +214,9 @@ class ConsumerSide:
     def _on_admitted(self, event: LegAdmitted) -> None:
         record = self._legs.get(event.leg)
         if record is not None:
-            self._outbox.tell(record.session, Admitted(event.leg, event.num_cached_tokens))
+            prefix = self._prefixes.result(event.leg)
+            admitted = Admitted(event.leg, event.num_cached_tokens, prefix=prefix)
+            self._outbox.tell(record.session, admitted)
 
     def _on_progress(self, leg: LegId, num_done_tokens: int) -> None:
         record = self._legs.get(leg)
@@ -244,7 +261,8 @@ class ConsumerSide:
         record = self._legs.pop(leg, None)
         if record is not None:
             self._outbox.tell(record.session, Failed(leg, cause, detail))
-        self._carry_out(self.reservations.failed(leg))
+        if not self._prefixes.failed(leg):
+            self._carry_out(self.reservations.failed(leg))
 
     # ── from the fetch ───────────────────────────────────────────────────────────────────────────
 
@@ -307,7 +325,7 @@ class ConsumerSide:
         source, request = start.source, self._legs[start.leg].request
         layout = self._info.layout
         fetch = FetchOpen(
-            ticket=source.ticket,
+            source=source.ticket,
             range=KVRange(0, layout.num_layers, start.token_start, start.num_tokens),
             layout=layout,
             fingerprint=self._info.fingerprint,

@@ -77,7 +77,7 @@ class ExportDesk:
         self._num_keys += 1
         key = self._num_keys
         answer: asyncio.Future[ExportFeed] = asyncio.get_running_loop().create_future()
-        self._asked[key] = _Asked(answer, fetch.ticket.tokens_digest)
+        self._asked[key] = _Asked(answer, fetch.tokens_digest)
         self._events.attach(key, fetch)
         try:
             return await answer

@@ -4,10 +4,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from baton.errors import BatonError, Cause
+from baton.grants import HashChain
 from baton.kvtransfer.base import Transport
 from baton.kvtransfer.importer import INITIAL_RATE_BYTES_S, Importer
 from baton.kvtransfer.memory import KVMemory
@@ -109,7 +110,7 @@ class FetchDesk:
         link = self._links.get(address)
         if link is None:
             link = self._links[address] = _Link()
-            log.info("KV from %s comes over %s", order.fetch.ticket.address, address.name)
+            log.info("KV from %s comes over %s", address.address, address.name)
         return self._transports[address.name], address, link
 
     def _ended(self, leg: LegId) -> None:
@@ -129,7 +130,10 @@ class _Fetch:
         order, desk = self._order, self._desk
         transport, address, link = desk.choose(order)
         rate = link.model.bytes_per_ms * 1e3
-        importer = Importer(desk._memory, order.block_ids, order.fetch.range, rate)
+        by_hash = isinstance(order.fetch.source, HashChain)
+        importer = Importer(
+            desk._memory, order.block_ids, order.fetch.range, rate, takes_less=by_hash
+        )
         self._importer = importer
         try:
             stats = await transport.fetch(address, order.fetch, _Sink(importer, self._progress))
@@ -140,7 +144,8 @@ class _Fetch:
         link.model.observe(stats.num_bytes, stats.duration_ms)
         payload = importer.end_payload or b""
         self._first_tokens = parse_end_payload(payload, order.fetch.tokens_digest)
-        return stats
+        num_tokens = importer.valid_tokens - order.fetch.range.token_start
+        return replace(stats, num_tokens=num_tokens)
 
     def _progress(self) -> None:
         self._desk._events.fetch_progress(self._order.leg)

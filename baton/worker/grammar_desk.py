@@ -3,17 +3,17 @@
 import asyncio
 from collections.abc import Callable
 
-from baton.engine.commands import AddDecode, AddLocal, AddPrefill, Command
+from baton.engine.commands import AddDecode, AddLocal, AddPrefill, LegCommand
 from baton.errors import BatonError
 from baton.grammar_pool import GrammarPool
 from baton.types import LegId, StructuredOutput
 
-Post = Callable[[Command], None]
+Post = Callable[[LegCommand], None]
 Refuse = Callable[[LegId, BatonError], None]
 
 
 class GrammarDesk:
-    """In front of the engine: all commands pass through `post`, in their order per leg."""
+    """In front of the engine: all commands of legs pass through `post`, in their order per leg."""
 
     def __init__(self, pool: GrammarPool, post: Post, refuse: Refuse) -> None:
         """
@@ -24,10 +24,10 @@ class GrammarDesk:
         self._pool = pool
         self._post = post
         self._refuse = refuse
-        self._held: dict[LegId, list[Command]] = {}
+        self._held: dict[LegId, list[LegCommand]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def post(self, command: Command) -> None:
+    def post(self, command: LegCommand) -> None:
         held = self._held.get(command.leg)
         if held is not None:
             held.append(command)
@@ -57,7 +57,7 @@ class GrammarDesk:
         self._pool.close()
 
 
-def _grammar_of(command: Command) -> StructuredOutput | None:
+def _grammar_of(command: LegCommand) -> StructuredOutput | None:
     if isinstance(command, AddPrefill | AddDecode | AddLocal):
         return command.request.sampling.structured_outputs
     return None

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from baton.config import WorkerConfig
 from baton.engine.runner import ModelRunner
-from baton.types import Role, TransportAddress, WorkerInfo
+from baton.types import FETCH_BY_HASH, Role, TransportAddress, WorkerInfo
 
 DEMO_NAME = "baton-demo"
+CAPABILITIES = frozenset({FETCH_BY_HASH})
 
 
 def describe_worker(
@@ -38,6 +39,7 @@ def describe_worker(
         max_num_seqs=config.max_num_seqs,
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
+        capabilities=CAPABILITIES,
     )
 
 

@@ -26,15 +26,18 @@ monotonic clock.
     CutAttachment                       ending that reader with the cause
 
 A worker is both sides at once: `ProducerSide` (prefill legs, leases) and `ConsumerSide` (decode and
-local legs, reservations). This class knows whose a leg is and refuses what cannot be.
+local legs, reservations). Beside them, prefixes by hash: `PrefixFetches` (ours, of either's legs)
+and `PrefixPins` (what others read here). This class knows whose a leg is and refuses what cannot
+be.
 """
 
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from baton.engine.events import LegEvent, LegFailed, LegTokens, StepOutput
+from baton.engine.events import LegEvent, LegFailed, LegTokens, PrefixReserved, StepOutput
 from baton.errors import BatonError, Cause
+from baton.grants import GrantKeys, HashChain
 from baton.kvtransfer.base import FetchOpen
 from baton.kvtransfer.effects import KVSource
 from baton.kvtransfer.ticket import TicketKeyring
@@ -66,6 +69,8 @@ from baton.worker.consumer import ConsumerSide
 from baton.worker.effects import CloseSession, Effect, Send, SessionId
 from baton.worker.outbox import Outbox
 from baton.worker.policy import PrefillPredictor, WorkerPolicy
+from baton.worker.prefix_fetches import PrefixFetches
+from baton.worker.prefix_pins import PrefixPins
 from baton.worker.producer import ProducerSide
 
 FORGET_LEG_MS = 60_000  # longer than anything about a dead leg can still be under way
@@ -87,6 +92,7 @@ class WorkerMachine:
         policy: WorkerPolicy,
         keyring: TicketKeyring,
         predictor: PrefillPredictor,
+        grant_keys: GrantKeys,
         first_epoch: int | None = None,
         random_id: Callable[[], bytes] = lambda: secrets.token_bytes(16),
         step_age_ms: Callable[[], float] = lambda: 0.0,
@@ -101,10 +107,14 @@ class WorkerMachine:
         self._policy = policy
         self._outbox = Outbox()
         epoch = secrets.randbits(64) if first_epoch is None else first_epoch
+        self.prefixes = PrefixFetches(info, policy, self._outbox)
         self.producer = ProducerSide(
-            info, policy, keyring, predictor, self._outbox, epoch, random_id
+            info, policy, keyring, predictor, self._outbox, self.prefixes, epoch, random_id
         )
-        self.consumer = ConsumerSide(info, policy, predictor, self._outbox)
+        self.consumer = ConsumerSide(info, policy, predictor, self._outbox, self.prefixes)
+        self.pins = PrefixPins(
+            info, policy, grant_keys, self._outbox, self.producer.leases.mint_epoch
+        )
         self._sessions: dict[SessionId, _Session] = {}
         self._used_legs: dict[LegId, int] = {}  # → when last known alive; oldest first
         self._snapshot = WorkerSnapshot(
@@ -125,7 +135,8 @@ class WorkerMachine:
     def is_idle(self) -> bool:
         """No leg, lease, attachment or reservation is open."""
         producer, consumer = self.producer, self.consumer
-        return not (producer or producer.leases or consumer or consumer.reservations)
+        is_busy = producer or producer.leases or consumer or consumer.reservations
+        return not (is_busy or self.prefixes or self.pins)
 
     def snapshot(self) -> WorkerSnapshot:
         """The engine's last word, with what only the worker knows."""
@@ -193,7 +204,7 @@ class WorkerMachine:
                 self._check_new(leg)
                 check_request(request, self._info)
                 free_blocks = self._snapshot.free_blocks
-                if self.producer.submit(session, leg, request, free_blocks, now_ms):
+                if self.producer.submit(session, message, free_blocks, now_ms):
                     self._used_legs[leg] = now_ms
                     self._outbox.tell(session, Queued(leg))
             case Bind(leg, request, ticket, transports, host_id):
@@ -205,14 +216,14 @@ class WorkerMachine:
             case Rebind(leg, ticket, transports, host_id):
                 self._check_owner(session, leg)
                 self.consumer.rebind(leg, KVSource(ticket, transports, host_id), now_ms)
-            case ComputeLocally(leg, request) if leg in self.consumer:
+            case ComputeLocally(leg) if leg in self.consumer:
                 self._check_owner(session, leg)
-                check_request(request, self._info)
-                self.consumer.compute_locally(session, leg, request, now_ms)
+                check_request(message.request, self._info)
+                self.consumer.compute_locally(session, message, now_ms)
             case ComputeLocally(leg, request):
                 self._check_new(leg)
                 check_request(request, self._info)
-                self.consumer.compute_locally(session, leg, request, now_ms)
+                self.consumer.compute_locally(session, message, now_ms)
                 self._used_legs[leg] = now_ms
                 self._outbox.tell(session, Queued(leg))
             case Abort(leg, None) | Release(leg):
@@ -272,6 +283,8 @@ class WorkerMachine:
         self._snapshot = output.snapshot
         for event in output.events:
             self._on_event(event, now_ms)
+        for pinned in output.pinned:
+            self.pins.pinned(pinned, now_ms)
         return self._flush(output)
 
     def layers_ready(self, leg: LegId, where: KVRange, now_ms: int) -> list[Effect]:
@@ -286,7 +299,9 @@ class WorkerMachine:
 
     def _on_event(self, event: LegEvent, now_ms: int) -> None:
         leg = event.chunk.leg if isinstance(event, LegTokens) else event.leg
-        if leg in self.producer or leg in self.producer.leases:
+        if isinstance(event, PrefixReserved):
+            self.prefixes.reserved(event, now_ms)
+        elif leg in self.producer or leg in self.producer.leases:
             self.producer.on_event(event, now_ms)
         else:
             self.consumer.on_event(event, now_ms)
@@ -295,35 +310,48 @@ class WorkerMachine:
 
     def attach(self, key: int, fetch: FetchOpen, now_ms: int) -> list[Effect]:
         """A consumer wants KV. `key` is the caller's, unique; see AttachGranted, AttachRefused."""
-        self.producer.attach(key, fetch, now_ms)
+        if isinstance(fetch.source, HashChain):
+            self.pins.attach(key, fetch, fetch.source, self._draining, now_ms)
+        else:
+            self.producer.attach(key, fetch, now_ms)
         return self._flush()
 
     def cancel_attach(self, key: int) -> None:
         self.producer.leases.cancel_attach(key)
+        self.pins.table.cancel_attach(key)
 
     def attachment_progress(self, epoch: int, num_sent_tokens: int, now_ms: int) -> None:
         self.producer.leases.progress(epoch, num_sent_tokens, now_ms)
+        self.pins.table.progress(epoch, now_ms)
 
     def attachment_done(self, epoch: int) -> None:
         self.producer.leases.done(epoch)
 
     def attachment_closed(self, epoch: int, now_ms: int) -> list[Effect]:
         self.producer.attachment_closed(epoch, now_ms)
+        self.pins.closed(epoch)
         return self._flush()
 
     def fetch_progress(self, leg: LegId, now_ms: int) -> None:
         self.consumer.reservations.progress(leg, now_ms)
+        self.prefixes.reservations.progress(leg, now_ms)
 
     def fetch_ended(
         self, leg: LegId, stats: TransferStats, first_tokens: Iterable[TokenChunk], now_ms: int
     ) -> list[Effect]:
-        self.consumer.fetch_ended(leg, stats, first_tokens, now_ms)
+        if leg in self.prefixes:
+            self.prefixes.fetch_ended(leg, stats, now_ms)
+        else:
+            self.consumer.fetch_ended(leg, stats, first_tokens, now_ms)
         return self._flush()
 
     def fetch_failed(
         self, leg: LegId, valid_tokens: int, cause: Cause, detail: str, now_ms: int
     ) -> list[Effect]:
-        self.consumer.fetch_failed(leg, valid_tokens, cause, detail, now_ms)
+        if leg in self.prefixes:
+            self.prefixes.fetch_failed(leg, valid_tokens, cause, detail, now_ms)
+        else:
+            self.consumer.fetch_failed(leg, valid_tokens, cause, detail, now_ms)
         return self._flush()
 
     # ── time and the end ─────────────────────────────────────────────────────────────────────────
@@ -334,6 +362,8 @@ class WorkerMachine:
         self._fail(overdue, Cause.DEADLINE_EXCEEDED, "the request's deadline has passed")
         self.producer.tick(now_ms)
         self.consumer.tick(now_ms)
+        self.prefixes.tick(now_ms)
+        self.pins.tick(now_ms)
         self._forget_legs(now_ms)
         effects = self._flush()
         elapsed_ms = min(now_ms - self._ticked_at_ms, MAX_TICK_MS)
@@ -365,6 +395,7 @@ class WorkerMachine:
         legs = [leg for s in self._sessions for leg in self.producer.legs_of(s)]
         legs += [leg for s in self._sessions for leg in self.consumer.legs_of(s)]
         self._fail(legs, Cause.DRAINING, "the worker is shutting down")
+        self.pins.cut_all()
         return self._flush()
 
     def _flush(self, output: StepOutput | None = None) -> list[Effect]:
@@ -375,6 +406,8 @@ class WorkerMachine:
         """Asserts every invariant; for tests and idle workers."""
         self.producer.check_integrity()
         self.consumer.check_integrity()
+        self.prefixes.reservations.check_integrity()
+        self.pins.table.check_integrity()
         legs = [*self.producer, *self.consumer]
         assert len(set(legs)) == len(legs), "a leg is on both sides"
         assert all(self._owner(leg) in self._sessions for leg in legs), "a leg is nobody's"

@@ -8,9 +8,16 @@ from prometheus_client import Counter as PrometheusCounter
 from baton.engine.events import LegFailed, LegPreempted, StepOutput
 from baton.errors import Cause
 from baton.kvtransfer.lease import COUNTS
-from baton.messages import Admitted, Imported, KvFailed, StepBatch, WorkerMessage
+from baton.messages import (
+    Admitted,
+    Imported,
+    KvFailed,
+    PrefixFetched,
+    StepBatch,
+    WorkerMessage,
+)
 from baton.telemetry import WorkerMetrics
-from baton.types import WorkerSnapshot
+from baton.types import TransferStats, WorkerSnapshot
 from baton.worker.producer import ProducerSide
 
 
@@ -68,18 +75,29 @@ class MetricsObserver:
         for item in message.messages:
             if isinstance(item, Admitted):
                 metrics.prefills.labels("local" if item.ticket is None else "leased").inc()
+                if item.prefix is not None:
+                    self._fetched(item.prefix)
             elif isinstance(item, Imported):
-                stats = item.stats
                 metrics.prefills.labels("remote").inc()
-                metrics.kv_transfer_bytes.labels(stats.transport, "in").inc(stats.num_bytes)
-                metrics.kv_transfer_s.labels(stats.transport).observe(stats.duration_ms / 1e3)
-                metrics.kv_frames.labels(stats.transport).inc(stats.num_frames)
+                self._moved(item.stats)
             elif isinstance(item, KvFailed):
                 metrics.fetch_failures.labels(item.cause.name.lower()).inc()
 
     def _count(self) -> None:
         for tally in self._tallies:
             tally.take()
+
+    def _fetched(self, prefix: PrefixFetched) -> None:
+        outcome = "ok" if prefix.cause is None else prefix.cause.name.lower()
+        self._metrics.prefix_fetches.labels(outcome).inc()
+        self._metrics.fetched_prefix_tokens.inc(prefix.num_tokens)
+        if prefix.stats is not None:
+            self._moved(prefix.stats)
+
+    def _moved(self, stats: TransferStats) -> None:
+        self._metrics.kv_transfer_bytes.labels(stats.transport, "in").inc(stats.num_bytes)
+        self._metrics.kv_transfer_s.labels(stats.transport).observe(stats.duration_ms / 1e3)
+        self._metrics.kv_frames.labels(stats.transport).inc(stats.num_frames)
 
     def _show(self, snapshot: WorkerSnapshot) -> None:
         blocks, sequences = self._metrics.blocks, self._metrics.sequences

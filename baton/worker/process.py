@@ -9,6 +9,7 @@ from baton.config import WorkerConfig
 from baton.engine.core import EngineCore
 from baton.engine.runner import ModelRunner
 from baton.failpoints import Failpoints
+from baton.grants import GrantKeys
 from baton.kvtransfer.memory import KVMemory
 from baton.rpc import ClusterToken, RpcServer
 from baton.worker.data_plane import DataPlane, make_data_plane
@@ -71,11 +72,13 @@ class WorkerProcess:
         failing = FailingRunner(runner, self._failpoints) if self._failpoints else runner
         core = EngineCore(engine_config(config, runner, self._policy.role), failing)
         observers = (self._metrics.observer, self._registration)
+        keys = GrantKeys(config.cluster, token.secrets)
         self._worker = worker = Worker(
             info,
             self._policy,
             core,
             self._plane,
+            keys,
             observers,
             self._failpoints,
             runner.grammars,

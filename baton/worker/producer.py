@@ -21,7 +21,7 @@ from baton.engine.events import (
     PrefillProgress,
 )
 from baton.errors import BatonError, Cause
-from baton.hashing import tokens_digest
+from baton.hashing import salt_digest, tokens_digest
 from baton.kvtransfer.base import FetchOpen
 from baton.kvtransfer.effects import (
     AttachRefused,
@@ -33,12 +33,13 @@ from baton.kvtransfer.effects import (
     RetainLease,
 )
 from baton.kvtransfer.lease import LeaseTable
-from baton.kvtransfer.ticket import TicketKeyring, check_fetch, salt_digest
-from baton.messages import Admitted, Failed, LeaseLost, NoRoom, Progress
+from baton.kvtransfer.ticket import TicketKeyring, check_fetch
+from baton.messages import Admitted, Failed, LeaseLost, NoRoom, Progress, Submit
 from baton.types import KVRange, KVTicket, LegId, Request, TokenChunk, WorkerInfo
 from baton.worker.effects import SessionId
 from baton.worker.outbox import Outbox
 from baton.worker.policy import PrefillPredictor, WorkerPolicy
+from baton.worker.prefix_fetches import PrefixFetches
 
 MAX_RETRY_AFTER_MS = 1_000
 
@@ -71,6 +72,7 @@ class ProducerSide:
         keyring: TicketKeyring,
         predictor: PrefillPredictor,
         outbox: Outbox,
+        prefixes: PrefixFetches,
         first_epoch: int,
         random_id: Callable[[], bytes],
     ) -> None:
@@ -79,6 +81,7 @@ class ProducerSide:
         self._keyring = keyring
         self._predictor = predictor
         self._outbox = outbox
+        self._prefixes = prefixes
         self._random_id = random_id
         self._legs: dict[LegId, _PrefillLeg] = {}
         self.leases = LeaseTable(first_epoch, policy.attachment_stall_ms, policy.lease_idle_ms)
@@ -108,16 +111,16 @@ class ProducerSide:
 
     # ── from the gateway ─────────────────────────────────────────────────────────────────────────
 
-    def submit(
-        self, session: SessionId, leg: LegId, request: Request, free_blocks: int, now_ms: int
-    ) -> bool:
+    def submit(self, session: SessionId, message: Submit, free_blocks: int, now_ms: int) -> bool:
         """False when it was refused for now; then nothing is held."""
+        leg, request = message.leg, message.request
         if self._is_above_watermark(request):
             self._outbox.tell(session, NoRoom(leg, free_blocks, self._retry_after_ms()))
             return False
         deadline = None if request.deadline_ms is None else now_ms + request.deadline_ms
         self._legs[leg] = _PrefillLeg(session, request, set(request.open_choices()), deadline)
-        self._outbox.post(commands.AddPrefill(leg, request))
+        num_fetch_tokens = self._prefixes.want(leg, message.request, message.prefix)
+        self._outbox.post(commands.AddPrefill(leg, request, num_fetch_tokens))
         return True
 
     def share(
@@ -148,7 +151,7 @@ class ProducerSide:
         if leg in self.leases:
             self._carry_out(self.leases.release(leg))
         else:
-            self._outbox.post(commands.Abort(leg))
+            self._outbox.post(commands.Abort(leg, in_flight=self._prefixes.abort(leg)))
         del self._legs[leg]
 
     def abort_choice(self, leg: LegId, choice: int, now_ms: int) -> None:
@@ -190,7 +193,10 @@ class ProducerSide:
         record.num_done_tokens = event.num_cached_tokens
         ticket = self._mint(record.request, event.num_tokens, now_ms)
         self.leases.open(event.leg, ticket, event.block_ids, event.num_cached_tokens)
-        self._outbox.tell(record.session, Admitted(event.leg, event.num_cached_tokens, ticket))
+        prefix = self._prefixes.result(event.leg)
+        self._outbox.tell(
+            record.session, Admitted(event.leg, event.num_cached_tokens, ticket, prefix)
+        )
         self._sampled(event.leg, record, now_ms)  # a shared one: nothing is to be sampled
 
     def _mint(self, request: Request, num_tokens: int, now_ms: int) -> KVTicket:
@@ -260,20 +266,23 @@ class ProducerSide:
         record = self._legs.pop(leg, None)
         if record is not None:
             self._outbox.tell(record.session, Failed(leg, cause, detail))
-        self._carry_out(self.leases.failed(leg))
+        if not self._prefixes.failed(leg):
+            self._carry_out(self.leases.failed(leg))
 
     # ── from consumers ───────────────────────────────────────────────────────────────────────────
 
     def attach(self, key: int, fetch: FetchOpen, now_ms: int) -> None:
         """Answered by AttachGranted or AttachRefused with the same `key`, now or later."""
+        assert isinstance(fetch.source, KVTicket), "by hash: PrefixPins"
+        ticket = fetch.source
         try:
-            self._keyring.verify(fetch.ticket, self._info.incarnation, now_ms)
-            check_fetch(fetch)
+            self._keyring.verify(ticket, self._info.incarnation, now_ms)
+            check_fetch(fetch, ticket)
         except BatonError as error:
             self._carry_out([AttachRefused(key, error.cause, error.message)])
             return
         start = fetch.range.token_start
-        self._carry_out(self.leases.attach(key, fetch.ticket.transfer_id, start, now_ms))
+        self._carry_out(self.leases.attach(key, ticket.transfer_id, start, now_ms))
 
     def attachment_closed(self, epoch: int, now_ms: int) -> None:
         self._carry_out(self.leases.closed(epoch, now_ms))

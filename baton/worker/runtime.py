@@ -15,7 +15,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from baton.engine.commands import AddDecode, AddLocal, AddPrefill, Command
+from baton.engine.commands import (
+    AddDecode,
+    AddLocal,
+    AddPrefill,
+    Command,
+    PinPrefix,
+    UnpinPrefix,
+)
 from baton.engine.events import StepOutput
 from baton.errors import BatonError, Cause
 from baton.failpoints import Failpoints
@@ -294,7 +301,7 @@ class WorkerRuntime:
                     self._failpoints.hit(type(item).__name__.lower())
 
     def _post(self, command: Command) -> None:
-        if self._grammars is None:
+        if self._grammars is None or isinstance(command, PinPrefix | UnpinPrefix):
             self._post_to_engine(command)
         else:
             self._grammars.post(command)

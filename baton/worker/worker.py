@@ -14,6 +14,7 @@ from baton.engine.thread import EngineThread
 from baton.failpoints import Failpoints
 from baton.grammar import Grammars
 from baton.grammar_pool import GrammarPool
+from baton.grants import GrantKeys
 from baton.kvtransfer.ticket import TicketKeyring
 from baton.latency import LatencyModel
 from baton.messages import WorkerMessage
@@ -38,6 +39,7 @@ class Worker:
         policy: WorkerPolicy,
         core: EngineCore,
         plane: DataPlane,
+        grant_keys: GrantKeys,
         observers: Sequence[Observer] = (),
         failpoints: Failpoints | None = None,
         grammars: Grammars | None = None,
@@ -51,7 +53,12 @@ class Worker:
         self.core = core
         self.latency = LatencyModel()
         machine = WorkerMachine(
-            info, policy, TicketKeyring.random(), self.latency, step_age_ms=self._step_age_ms
+            info,
+            policy,
+            TicketKeyring.random(),
+            self.latency,
+            grant_keys,
+            step_age_ms=self._step_age_ms,
         )
         self.runtime = WorkerRuntime(
             machine, plane.exports, (_Learner(self.latency), *observers), failpoints

@@ -11,6 +11,7 @@ from baton.gateway.backend import PrefillPath
 from baton.gateway.dispatch import DispatchConfig, Dispatcher
 from baton.gateway.legs import Emit, Ended
 from baton.gateway.request_machine import RequestMachine
+from baton.grants import GrantKeys
 from baton.messages import (
     Abort,
     Admitted,
@@ -69,6 +70,7 @@ class Gateway:
         self.dispatcher = Dispatcher(
             NoHits(),
             DispatchConfig(),
+            GrantKeys("test", ()),
             send=self._send,
             deliver=self._deliver,
             drop=self.dropped.append,

@@ -80,7 +80,8 @@ def spoiled(**fields: Any) -> pb.FetchOpen:
     ("message", "cause"),
     [
         (pb.FetchOpen(), Cause.UNSUPPORTED),
-        (pb.FetchOpen(chain=pb.HashChain(hashes=[bytes(32)])), Cause.UNSUPPORTED),
+        (pb.FetchOpen(chain=pb.HashChain(hashes=[bytes(32)])), Cause.PROTOCOL),
+        (pb.FetchOpen(chain=pb.HashChain(hashes=[bytes(31)])), Cause.PROTOCOL),
         (spoiled(fingerprint=b"short"), Cause.PROTOCOL),
         (spoiled(tokens_digest=b""), Cause.PROTOCOL),
         (spoiled(salt_digest=bytes(33)), Cause.PROTOCOL),

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import xxhash
 
-from baton.hashing import join_salt, prefix_hashes, root_hash, tokens_digest
+from baton.hashing import join_salt, prefix_hashes, root_hash, salt_digest, tokens_digest
 from baton.kvtransfer.frames import HEADER_BYTES, FrameKind, FrameWriter, decode
-from baton.kvtransfer.ticket import TicketKeyring, salt_digest, ticket_bytes
+from baton.kvtransfer.ticket import TicketKeyring, ticket_bytes
 from baton.types import KVGroup, KVKind, KVLayout, KVRange, KVTicket, SamplingParams
 
 DOC = Path(__file__).parents[2] / "docs" / "kv-exchange.md"

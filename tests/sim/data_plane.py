@@ -3,14 +3,16 @@ transfer threads are events that take time."""
 
 import struct
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from baton.engine.null_runner import NullRunner
 from baton.errors import BatonError, Cause
+from baton.grants import HashChain
 from baton.kvtransfer.base import FetchOpen
 from baton.kvtransfer.effects import AttachGranted
 from baton.kvtransfer.exporter import next_parts
-from baton.kvtransfer.frames import HEADER_BYTES, FrameWriter
+from baton.kvtransfer.frames import HEADER_BYTES, FrameWriter, covered
 from baton.kvtransfer.importer import Importer
 from baton.kvtransfer.memory import KVMemory
 from baton.kvtransfer.progress import KVReady, ReadCursor
@@ -125,6 +127,9 @@ class Reader:
         self.leg, self.epoch, self.block_ids = grant.leg, grant.epoch, grant.block_ids
         self._ready, self._first_tokens = grant.ready, grant.first_tokens
         self._writer = FrameWriter(grant.epoch)
+        if isinstance(self.fetch.source, HashChain):
+            where = covered(self.fetch.range, grant.ready.num_tokens)
+            self.fetch = replace(self.fetch, range=where)
         self._cursor = ReadCursor(self.fetch.range)
         self.worker.readers[self.epoch] = self
         self.conn.send(1, ("opened", self.epoch, self._ready.num_tokens))
@@ -215,12 +220,15 @@ class Writer:
         self.worker = worker
         self.leg = order.leg
         self.block_ids = order.block_ids
+        self._by_hash = isinstance(order.fetch.source, HashChain)
         self._importer = Importer(
             cast("KVMemory", worker.memory),
             order.block_ids,
             order.fetch.range,
             clock=lambda: worker.world.now / 1e3,
+            takes_less=self._by_hash,
         )
+        self._token_start = order.fetch.range.token_start
         self._frames: list[tuple[bytes, int]] = []
         self._busy = False
         self._failure: BatonError | None = None
@@ -289,9 +297,14 @@ class Writer:
         end = kv_pb2.EndOfKV.FromString(importer.end_payload or b"")
         chunks = [chunk_from_pb(chunk) for chunk in end.first_tokens]
         stats = TransferStats(
-            "sim", importer.num_bytes, 1, importer.valid_tokens, worker.world.now - self._started
+            "sim",
+            importer.num_bytes,
+            1,
+            importer.valid_tokens - self._token_start,
+            worker.world.now - self._started,
         )
-        worker.fleet.stats.num_imports += 1
+        worker.fleet.stats.num_imports += not self._by_hash
+        worker.fleet.stats.num_prefixes += self._by_hash and stats.num_tokens > 0
         worker.fleet.stats.num_bytes += importer.num_bytes
         del worker.writers[self.leg]
         worker.carry_out(worker.machine.fetch_ended(self.leg, stats, chunks, worker.world.now_ms))

@@ -22,6 +22,7 @@ class Stats:
     """What a run exercised."""
 
     num_imports: int = 0
+    num_prefixes: int = 0  # fetched by hash, at least in part
     num_bytes: int = 0
     num_early_frames: int = 0  # of layers whose step was still running
     num_failed_fetches: int = 0

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 from baton.errors import BatonError
 from baton.gateway.dispatch import DispatchConfig, Dispatcher
 from baton.gateway.legs import Emit, Ended, MachineConfig
+from baton.gateway.prefix_plan import PrefixConfig
 from baton.gateway.request_machine import RequestMachine
+from baton.gateway.router import RouterConfig
+from baton.grants import GrantKeys
 from baton.locality import PrefixIndex
 from baton.messages import GatewayMessage, Heartbeat, Hello, StepBatch
 from tests.sim.oracle import Client
@@ -71,16 +74,29 @@ class SimGateway(Node):
         self.is_alive = True
         self.index = PrefixIndex()
         config = DispatchConfig(
-            machine=MachineConfig(queue_timeout_ms=30_000, reroute_wait_ms=6_000)
+            machine=MachineConfig(queue_timeout_ms=30_000, reroute_wait_ms=6_000),
+            router=RouterConfig(prefixes=self._prefix_config()),
         )
         self.dispatcher = Dispatcher(
-            self.index, config, send=self._send, deliver=self._deliver, drop=self._drop
+            self.index,
+            config,
+            GrantKeys("sim", ()),
+            send=self._send,
+            deliver=self._deliver,
+            drop=self._drop,
         )
         self.sessions, self.clients = {}, {}
         self._timer_ms = float("inf")
         for worker_id in self.fleet.workers:
             self.connect(worker_id)
         self.world.after(HEARTBEAT_MS, self, self._beat)
+
+    def _prefix_config(self) -> PrefixConfig:
+        return PrefixConfig(
+            fetching=self.world.rng.choice(["auto", "always", "always", "off"]),
+            margin_ms=0.0,
+            min_deadline_ms=self.world.rng.choice([1.0, 100.0]),
+        )
 
     # ── sessions ─────────────────────────────────────────────────────────────────────────────────
 

@@ -24,6 +24,7 @@ def check_exercised(result: Result) -> None:
     assert stats.num_imports > 0
     assert stats.num_bytes > 0
     assert stats.num_early_frames > 0
+    assert stats.num_prefixes > 0
     assert stats.num_cached_tokens > 0
     assert stats.num_failed_fetches > 0
     assert stats.num_corrupted > 0

@@ -13,6 +13,7 @@ from baton.engine.config import EngineConfig
 from baton.engine.core import EngineCore
 from baton.engine.events import StepOutput
 from baton.engine.null_runner import NullModel, NullRunner
+from baton.grants import GrantKeys
 from baton.kvtransfer.effects import (
     AttachGranted,
     AttachmentReady,
@@ -25,6 +26,7 @@ from baton.kvtransfer.ticket import TicketKeyring
 from baton.latency import LatencyModel
 from baton.messages import StepBatch
 from baton.types import (
+    FETCH_BY_HASH,
     BlockId,
     KVGroup,
     KVKind,
@@ -178,6 +180,7 @@ class SimWorker(Node):
             policy,
             TicketKeyring(rng.randbytes(32)),
             LatencyModel(),
+            GrantKeys("sim", ()),
             first_epoch=rng.getrandbits(64),
             random_id=lambda: rng.randbytes(16),
         )
@@ -213,6 +216,7 @@ class SimWorker(Node):
             max_num_seqs=spec.max_num_seqs,
             vocab_size=VOCAB_SIZE,
             eos_token_ids=EOS,
+            capabilities=frozenset({FETCH_BY_HASH}),
         )
 
     def accept(self, conn: Conn) -> None:
@@ -353,8 +357,11 @@ class SimWorker(Node):
             self._is_core_changed = False
             self.core.check_integrity()
         for reader in self.readers.values():
-            assert reader.leg is not None
-            self._check_owned(reader.leg, reader.block_ids, "read")
+            if reader.leg is None:
+                pinned = self.core.pool._pins[reader.key]
+                assert set(reader.block_ids) == set(pinned), "read, and not pinned"
+            else:
+                self._check_owned(reader.leg, reader.block_ids, "read")
         for writer in self.writers.values():
             self._check_owned(writer.leg, writer.block_ids, "written")
 
@@ -380,4 +387,5 @@ class SimWorker(Node):
         assert self.core.pool.num_free == self.spec.num_blocks, f"{self.name} leaks blocks"
         assert self.core.pool.num_quarantined == 0, f"{self.name} leaks quarantined blocks"
         assert not list(self.core._legs), f"{self.name} leaks legs"
+        assert not self.core.pool._pins, f"{self.name} leaks pins"
         self.core.check_integrity()

@@ -10,6 +10,7 @@ from baton.engine.core import EngineCore
 from baton.engine.events import LegPreempted, StepOutput
 from baton.engine.runner import ModelRunner
 from baton.errors import Cause
+from baton.grants import GrantKeys
 from baton.kvtransfer.base import Transport
 from baton.kvtransfer.local import LocalNetwork, LocalTransport
 from baton.kvtransfer.memory import KVMemory
@@ -46,6 +47,7 @@ from baton.worker.worker import Worker
 from tests.engine.tiny_models import make_core
 
 PATIENCE_S = 30.0
+GRANT_KEYS = GrantKeys("test", ())
 T = TypeVar("T", bound=LegMessage)
 
 
@@ -170,7 +172,7 @@ async def start_worker(
     recorder = Recorder()
     # The client's heart does not beat.
     policy = replace(policy or WorkerPolicy(), session_timeout_ms=10**9)
-    worker = Worker(info, policy, core, plane, (recorder,), grammars=runner.grammars)
+    worker = Worker(info, policy, core, plane, GRANT_KEYS, (recorder,), grammars=runner.grammars)
     worker.start()
     return LocalWorker(name, worker, recorder)
 

@@ -19,7 +19,8 @@ from baton.engine.events import (
     StepOutput,
 )
 from baton.errors import Cause
-from baton.hashing import tokens_digest
+from baton.grants import GrantKeys
+from baton.hashing import salt_digest, tokens_digest
 from baton.kvtransfer.base import FetchOpen
 from baton.kvtransfer.effects import (
     AttachGranted,
@@ -30,7 +31,7 @@ from baton.kvtransfer.effects import (
     CutAttachment,
 )
 from baton.kvtransfer.progress import KVReady
-from baton.kvtransfer.ticket import TicketKeyring, salt_digest
+from baton.kvtransfer.ticket import TicketKeyring
 from baton.messages import (
     Abort,
     Admitted,
@@ -122,6 +123,7 @@ def make_machine(num_blocks: int = 10) -> WorkerMachine:
         WorkerPolicy(),
         TicketKeyring(b"k" * 32),
         LinearPredictor(),
+        GrantKeys("test", ()),
         first_epoch=100,
         random_id=lambda: next(ids).to_bytes(16, "little"),
     )
@@ -178,7 +180,7 @@ def admit(machine: WorkerMachine, leg: LegId = P, session: SessionId = S1, n: in
 
 def fetch_open(ticket: KVTicket, token_start: int = 0) -> FetchOpen:
     return FetchOpen(
-        ticket=ticket,
+        source=ticket,
         range=KVRange(0, 2, token_start, len(PROMPT)),
         layout=replace(LAYOUT, block_size=32),
         fingerprint=b"f" * 32,
@@ -378,7 +380,7 @@ def test_tickets_of_others_are_refused(machine: WorkerMachine) -> None:
         (replace(ticket, key_id=9), Cause.TICKET_FORGED),
         (replace(ticket, incarnation=b"j" * 16), Cause.LEASE_UNKNOWN),
     ):
-        fetch = replace(fetch_open(ticket), ticket=bad)
+        fetch = replace(fetch_open(ticket), source=bad)
         assert only(machine.attach(1, fetch, 0), AttachRefused).cause is cause
     late = WorkerPolicy().lease_ttl_ms
     assert only(machine.attach(1, fetch_open(ticket), late), AttachRefused).cause is (
@@ -464,7 +466,7 @@ def test_a_failed_fetch_is_told_and_refetched(machine: WorkerMachine) -> None:
     effects = machine.fetch_failed(D, 32, Cause.FRAME_CORRUPT, "checksum", 0)
     assert told(effects) == [KvFailed(D, 32, Cause.FRAME_CORRUPT, "checksum")]
     assert posted(effects) == [commands.KVFailed(D, 32)]
-    again = machine.receive(S1, Rebind(D, fetch.fetch.ticket, TRANSPORTS, "h"), 0)
+    again = machine.receive(S1, Rebind(D, fetch.fetch.source, TRANSPORTS, "h"), 0)
     assert only(again, FetchKV).fetch.range.token_start == 32
 
 

@@ -16,6 +16,7 @@ from baton.engine.core import EngineCore
 from baton.engine.null_runner import NullModel, NullRunner
 from baton.errors import Cause
 from baton.failpoints import Failpoints
+from baton.grants import GrantKeys
 from baton.kvtransfer.local import LocalNetwork, LocalTransport
 from baton.kvtransfer.memory import KVMemory
 from baton.messages import (
@@ -86,7 +87,7 @@ async def make_worker(failpoints: Failpoints) -> Worker:
         eos_token_ids=(),
     )
     core = EngineCore(config, NullRunner(NUM_BLOCKS, 16, MODEL))
-    return Worker(info, WorkerPolicy(), core, plane, failpoints=failpoints)
+    return Worker(info, WorkerPolicy(), core, plane, GrantKeys("test", ()), failpoints=failpoints)
 
 
 @pytest.fixture

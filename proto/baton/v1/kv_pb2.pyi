@@ -24,20 +24,28 @@ class KVRange(_message.Message):
     def __init__(self, layer_start: _Optional[int] = ..., layer_stop: _Optional[int] = ..., token_start: _Optional[int] = ..., token_stop: _Optional[int] = ..., head_start: _Optional[int] = ..., head_stop: _Optional[int] = ...) -> None: ...
 
 class Grant(_message.Message):
-    __slots__ = ("salt_digest", "fingerprint", "num_tokens", "duration_ms", "key_id", "mac")
+    __slots__ = ("salt_digest", "fingerprint", "num_tokens", "duration_ms", "key_id", "mac", "nonce", "last_hash", "source_incarnation", "consumer_incarnation")
     SALT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DURATION_MS_FIELD_NUMBER: _ClassVar[int]
     KEY_ID_FIELD_NUMBER: _ClassVar[int]
     MAC_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    LAST_HASH_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    CONSUMER_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     salt_digest: bytes
     fingerprint: bytes
     num_tokens: int
     duration_ms: int
     key_id: int
     mac: bytes
-    def __init__(self, salt_digest: _Optional[bytes] = ..., fingerprint: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., duration_ms: _Optional[int] = ..., key_id: _Optional[int] = ..., mac: _Optional[bytes] = ...) -> None: ...
+    nonce: bytes
+    last_hash: bytes
+    source_incarnation: bytes
+    consumer_incarnation: bytes
+    def __init__(self, salt_digest: _Optional[bytes] = ..., fingerprint: _Optional[bytes] = ..., num_tokens: _Optional[int] = ..., duration_ms: _Optional[int] = ..., key_id: _Optional[int] = ..., mac: _Optional[bytes] = ..., nonce: _Optional[bytes] = ..., last_hash: _Optional[bytes] = ..., source_incarnation: _Optional[bytes] = ..., consumer_incarnation: _Optional[bytes] = ...) -> None: ...
 
 class HashChain(_message.Message):
     __slots__ = ("hashes", "grant")
@@ -48,7 +56,7 @@ class HashChain(_message.Message):
     def __init__(self, hashes: _Optional[_Iterable[bytes]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ...) -> None: ...
 
 class FetchOpen(_message.Message):
-    __slots__ = ("ticket", "chain", "range", "layout", "fingerprint", "tokens_digest", "salt_digest", "transport", "consumer", "initial_credit", "lane")
+    __slots__ = ("ticket", "chain", "range", "layout", "fingerprint", "tokens_digest", "salt_digest", "transport", "consumer", "initial_credit", "lane", "consumer_incarnation")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     CHAIN_FIELD_NUMBER: _ClassVar[int]
     RANGE_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +68,7 @@ class FetchOpen(_message.Message):
     CONSUMER_FIELD_NUMBER: _ClassVar[int]
     INITIAL_CREDIT_FIELD_NUMBER: _ClassVar[int]
     LANE_FIELD_NUMBER: _ClassVar[int]
+    CONSUMER_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ticket: _common_pb2.KVTicket
     chain: HashChain
     range: KVRange
@@ -71,7 +80,8 @@ class FetchOpen(_message.Message):
     consumer: str
     initial_credit: int
     lane: bytes
-    def __init__(self, ticket: _Optional[_Union[_common_pb2.KVTicket, _Mapping]] = ..., chain: _Optional[_Union[HashChain, _Mapping]] = ..., range: _Optional[_Union[KVRange, _Mapping]] = ..., layout: _Optional[_Union[_common_pb2.KVLayout, _Mapping]] = ..., fingerprint: _Optional[bytes] = ..., tokens_digest: _Optional[bytes] = ..., salt_digest: _Optional[bytes] = ..., transport: _Optional[str] = ..., consumer: _Optional[str] = ..., initial_credit: _Optional[int] = ..., lane: _Optional[bytes] = ...) -> None: ...
+    consumer_incarnation: bytes
+    def __init__(self, ticket: _Optional[_Union[_common_pb2.KVTicket, _Mapping]] = ..., chain: _Optional[_Union[HashChain, _Mapping]] = ..., range: _Optional[_Union[KVRange, _Mapping]] = ..., layout: _Optional[_Union[_common_pb2.KVLayout, _Mapping]] = ..., fingerprint: _Optional[bytes] = ..., tokens_digest: _Optional[bytes] = ..., salt_digest: _Optional[bytes] = ..., transport: _Optional[str] = ..., consumer: _Optional[str] = ..., initial_credit: _Optional[int] = ..., lane: _Optional[bytes] = ..., consumer_incarnation: _Optional[bytes] = ...) -> None: ...
 
 class FetchCredit(_message.Message):
     __slots__ = ("num_frames",)

@@ -23,59 +23,64 @@ _sym_db = _symbol_database.Default()
 
 
 from baton.v1 import common_pb2 as baton_dot_v1_dot_common__pb2
+from baton.v1 import kv_pb2 as baton_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/worker.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"J\n\x06Submit\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\"\n\x07request\x18\x02 \x01(\x0b\x32\x11.baton.v1.Request\"\xad\x01\n\x04\x42ind\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\"\n\x07request\x18\x02 \x01(\x0b\x32\x11.baton.v1.Request\x12\"\n\x06ticket\x18\x03 \x01(\x0b\x32\x12.baton.v1.KVTicket\x12.\n\ntransports\x18\x04 \x03(\x0b\x32\x1a.baton.v1.TransportAddress\x12\x0f\n\x07host_id\x18\x05 \x01(\t\"\x8b\x01\n\x06Rebind\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\"\n\x06ticket\x18\x02 \x01(\x0b\x32\x12.baton.v1.KVTicket\x12.\n\ntransports\x18\x03 \x03(\x0b\x32\x1a.baton.v1.TransportAddress\x12\x0f\n\x07host_id\x18\x04 \x01(\t\"R\n\x0e\x43omputeLocally\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\"\n\x07request\x18\x02 \x01(\x0b\x32\x11.baton.v1.Request\"E\n\x05\x41\x62ort\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\x13\n\x06\x63hoice\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\t\n\x07_choice\"\'\n\x07Release\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\"\x18\n\tHeartbeat\x12\x0b\n\x03seq\x18\x01 \x01(\x04\"\xbc\x02\n\x0eGatewayMessage\x12\"\n\x06submit\x18\x01 \x01(\x0b\x32\x10.baton.v1.SubmitH\x00\x12\x1e\n\x04\x62ind\x18\x02 \x01(\x0b\x32\x0e.baton.v1.BindH\x00\x12\"\n\x06rebind\x18\x03 \x01(\x0b\x32\x10.baton.v1.RebindH\x00\x12\x33\n\x0f\x63ompute_locally\x18\x04 \x01(\x0b\x32\x18.baton.v1.ComputeLocallyH\x00\x12 \n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x0f.baton.v1.AbortH\x00\x12$\n\x07release\x18\x06 \x01(\x0b\x32\x11.baton.v1.ReleaseH\x00\x12(\n\theartbeat\x18\x07 \x01(\x0b\x32\x13.baton.v1.HeartbeatH\x00\x12\x10\n\x08\x63hecksum\x18\x0f \x01(\x06\x42\t\n\x07message\"+\n\x05Hello\x12\"\n\x04info\x18\x01 \x01(\x0b\x32\x14.baton.v1.WorkerInfo\"&\n\x06Queued\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\"g\n\x08\x41\x64mitted\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\x12\"\n\x06ticket\x18\x03 \x01(\x0b\x32\x12.baton.v1.KVTicket\"X\n\x08Progress\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\x13\n\x0btokens_done\x18\x02 \x01(\r\x12\x19\n\x11predicted_ms_left\x18\x03 \x01(\x01\"S\n\x06NoRoom\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\x13\n\x0b\x66ree_blocks\x18\x02 \x01(\r\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r\"@\n\x05\x42ound\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\"r\n\rTransferStats\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x12\n\nnum_frames\x18\x03 \x01(\r\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x13\n\x0b\x64uration_ms\x18\x05 \x01(\x01\"P\n\x08Imported\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12&\n\x05stats\x18\x02 \x01(\x0b\x32\x17.baton.v1.TransferStats\"n\n\x08KvFailed\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\x14\n\x0cvalid_tokens\x18\x02 \x01(\r\x12\x1e\n\x05\x63\x61use\x18\x03 \x01(\x0e\x32\x0f.baton.v1.Cause\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"V\n\x06\x46\x61iled\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\x1e\n\x05\x63\x61use\x18\x02 \x01(\x0e\x32\x0f.baton.v1.Cause\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"I\n\tLeaseLost\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\x1e\n\x05\x63\x61use\x18\x02 \x01(\x0e\x32\x0f.baton.v1.Cause\"\x9a\x03\n\nLegMessage\x12\"\n\x06queued\x18\x01 \x01(\x0b\x32\x10.baton.v1.QueuedH\x00\x12&\n\x08\x61\x64mitted\x18\x02 \x01(\x0b\x32\x12.baton.v1.AdmittedH\x00\x12&\n\x08progress\x18\x03 \x01(\x0b\x32\x12.baton.v1.ProgressH\x00\x12#\n\x07no_room\x18\x04 \x01(\x0b\x32\x10.baton.v1.NoRoomH\x00\x12 \n\x05\x62ound\x18\x05 \x01(\x0b\x32\x0f.baton.v1.BoundH\x00\x12&\n\x08imported\x18\x06 \x01(\x0b\x32\x12.baton.v1.ImportedH\x00\x12\'\n\tkv_failed\x18\x07 \x01(\x0b\x32\x12.baton.v1.KvFailedH\x00\x12\"\n\x06\x66\x61iled\x18\x08 \x01(\x0b\x32\x10.baton.v1.FailedH\x00\x12)\n\nlease_lost\x18\t \x01(\x0b\x32\x13.baton.v1.LeaseLostH\x00\x12&\n\x06tokens\x18\n \x01(\x0b\x32\x14.baton.v1.TokenChunkH\x00\x42\t\n\x07message\"\x9c\x01\n\tStepBatch\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.baton.v1.LegMessage\x12*\n\x08snapshot\x18\x02 \x01(\x0b\x32\x18.baton.v1.WorkerSnapshot\x12$\n\x06timing\x18\x03 \x01(\x0b\x32\x14.baton.v1.StepTiming\x12\x15\n\rheartbeat_seq\x18\x04 \x01(\x04\"s\n\rWorkerMessage\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.baton.v1.HelloH\x00\x12#\n\x04step\x18\x02 \x01(\x0b\x32\x13.baton.v1.StepBatchH\x00\x12\x10\n\x08\x63hecksum\x18\x0f \x01(\x06\x42\t\n\x07message2J\n\x06Worker\x12@\n\x07Session\x12\x18.baton.v1.GatewayMessage\x1a\x17.baton.v1.WorkerMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/worker.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\x1a\x11\x62\x61ton/v1/kv.proto\"\xad\x01\n\x0cPrefixSource\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12.\n\ntransports\x18\x02 \x03(\x0b\x32\x1a.baton.v1.TransportAddress\x12\x0f\n\x07host_id\x18\x03 \x01(\t\x12\x1e\n\x05grant\x18\x04 \x01(\x0b\x32\x0f.baton.v1.Grant\x12\x14\n\x0cpredicted_ms\x18\x05 \x01(\x01\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x06 \x01(\r\"r\n\x06Submit\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\"\n\x07request\x18\x02 \x01(\x0b\x32\x11.baton.v1.Request\x12&\n\x06prefix\x18\x03 \x01(\x0b\x32\x16.baton.v1.PrefixSource\"\xad\x01\n\x04\x42ind\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\"\n\x07request\x18\x02 \x01(\x0b\x32\x11.baton.v1.Request\x12\"\n\x06ticket\x18\x03 \x01(\x0b\x32\x12.baton.v1.KVTicket\x12.\n\ntransports\x18\x04 \x03(\x0b\x32\x1a.baton.v1.TransportAddress\x12\x0f\n\x07host_id\x18\x05 \x01(\t\"\x8b\x01\n\x06Rebind\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\"\n\x06ticket\x18\x02 \x01(\x0b\x32\x12.baton.v1.KVTicket\x12.\n\ntransports\x18\x03 \x03(\x0b\x32\x1a.baton.v1.TransportAddress\x12\x0f\n\x07host_id\x18\x04 \x01(\t\"z\n\x0e\x43omputeLocally\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\"\n\x07request\x18\x02 \x01(\x0b\x32\x11.baton.v1.Request\x12&\n\x06prefix\x18\x03 \x01(\x0b\x32\x16.baton.v1.PrefixSource\"E\n\x05\x41\x62ort\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\x13\n\x06\x63hoice\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\t\n\x07_choice\"\'\n\x07Release\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\"\x18\n\tHeartbeat\x12\x0b\n\x03seq\x18\x01 \x01(\x04\"\xbc\x02\n\x0eGatewayMessage\x12\"\n\x06submit\x18\x01 \x01(\x0b\x32\x10.baton.v1.SubmitH\x00\x12\x1e\n\x04\x62ind\x18\x02 \x01(\x0b\x32\x0e.baton.v1.BindH\x00\x12\"\n\x06rebind\x18\x03 \x01(\x0b\x32\x10.baton.v1.RebindH\x00\x12\x33\n\x0f\x63ompute_locally\x18\x04 \x01(\x0b\x32\x18.baton.v1.ComputeLocallyH\x00\x12 \n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x0f.baton.v1.AbortH\x00\x12$\n\x07release\x18\x06 \x01(\x0b\x32\x11.baton.v1.ReleaseH\x00\x12(\n\theartbeat\x18\x07 \x01(\x0b\x32\x13.baton.v1.HeartbeatH\x00\x12\x10\n\x08\x63hecksum\x18\x0f \x01(\x06\x42\t\n\x07message\"+\n\x05Hello\x12\"\n\x04info\x18\x01 \x01(\x0b\x32\x14.baton.v1.WorkerInfo\"&\n\x06Queued\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\"k\n\rPrefixFetched\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x1e\n\x05\x63\x61use\x18\x02 \x01(\x0e\x32\x0f.baton.v1.Cause\x12&\n\x05stats\x18\x03 \x01(\x0b\x32\x17.baton.v1.TransferStats\"\x90\x01\n\x08\x41\x64mitted\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\x12\"\n\x06ticket\x18\x03 \x01(\x0b\x32\x12.baton.v1.KVTicket\x12\'\n\x06prefix\x18\x04 \x01(\x0b\x32\x17.baton.v1.PrefixFetched\"X\n\x08Progress\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\x13\n\x0btokens_done\x18\x02 \x01(\r\x12\x19\n\x11predicted_ms_left\x18\x03 \x01(\x01\"S\n\x06NoRoom\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\x13\n\x0b\x66ree_blocks\x18\x02 \x01(\r\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r\"@\n\x05\x42ound\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\"r\n\rTransferStats\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x12\n\nnum_frames\x18\x03 \x01(\r\x12\x12\n\nnum_tokens\x18\x04 \x01(\r\x12\x13\n\x0b\x64uration_ms\x18\x05 \x01(\x01\"P\n\x08Imported\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12&\n\x05stats\x18\x02 \x01(\x0b\x32\x17.baton.v1.TransferStats\"n\n\x08KvFailed\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\x14\n\x0cvalid_tokens\x18\x02 \x01(\r\x12\x1e\n\x05\x63\x61use\x18\x03 \x01(\x0e\x32\x0f.baton.v1.Cause\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"V\n\x06\x46\x61iled\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\x1e\n\x05\x63\x61use\x18\x02 \x01(\x0e\x32\x0f.baton.v1.Cause\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"I\n\tLeaseLost\x12\x1c\n\x03leg\x18\x01 \x01(\x0b\x32\x0f.baton.v1.LegId\x12\x1e\n\x05\x63\x61use\x18\x02 \x01(\x0e\x32\x0f.baton.v1.Cause\"\x9a\x03\n\nLegMessage\x12\"\n\x06queued\x18\x01 \x01(\x0b\x32\x10.baton.v1.QueuedH\x00\x12&\n\x08\x61\x64mitted\x18\x02 \x01(\x0b\x32\x12.baton.v1.AdmittedH\x00\x12&\n\x08progress\x18\x03 \x01(\x0b\x32\x12.baton.v1.ProgressH\x00\x12#\n\x07no_room\x18\x04 \x01(\x0b\x32\x10.baton.v1.NoRoomH\x00\x12 \n\x05\x62ound\x18\x05 \x01(\x0b\x32\x0f.baton.v1.BoundH\x00\x12&\n\x08imported\x18\x06 \x01(\x0b\x32\x12.baton.v1.ImportedH\x00\x12\'\n\tkv_failed\x18\x07 \x01(\x0b\x32\x12.baton.v1.KvFailedH\x00\x12\"\n\x06\x66\x61iled\x18\x08 \x01(\x0b\x32\x10.baton.v1.FailedH\x00\x12)\n\nlease_lost\x18\t \x01(\x0b\x32\x13.baton.v1.LeaseLostH\x00\x12&\n\x06tokens\x18\n \x01(\x0b\x32\x14.baton.v1.TokenChunkH\x00\x42\t\n\x07message\"\x9c\x01\n\tStepBatch\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.baton.v1.LegMessage\x12*\n\x08snapshot\x18\x02 \x01(\x0b\x32\x18.baton.v1.WorkerSnapshot\x12$\n\x06timing\x18\x03 \x01(\x0b\x32\x14.baton.v1.StepTiming\x12\x15\n\rheartbeat_seq\x18\x04 \x01(\x04\"s\n\rWorkerMessage\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.baton.v1.HelloH\x00\x12#\n\x04step\x18\x02 \x01(\x0b\x32\x13.baton.v1.StepBatchH\x00\x12\x10\n\x08\x63hecksum\x18\x0f \x01(\x06\x42\t\n\x07message2J\n\x06Worker\x12@\n\x07Session\x12\x18.baton.v1.GatewayMessage\x1a\x17.baton.v1.WorkerMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SUBMIT']._serialized_start=58
-  _globals['_SUBMIT']._serialized_end=132
-  _globals['_BIND']._serialized_start=135
-  _globals['_BIND']._serialized_end=308
-  _globals['_REBIND']._serialized_start=311
-  _globals['_REBIND']._serialized_end=450
-  _globals['_COMPUTELOCALLY']._serialized_start=452
-  _globals['_COMPUTELOCALLY']._serialized_end=534
-  _globals['_ABORT']._serialized_start=536
-  _globals['_ABORT']._serialized_end=605
-  _globals['_RELEASE']._serialized_start=607
-  _globals['_RELEASE']._serialized_end=646
-  _globals['_HEARTBEAT']._serialized_start=648
-  _globals['_HEARTBEAT']._serialized_end=672
-  _globals['_GATEWAYMESSAGE']._serialized_start=675
-  _globals['_GATEWAYMESSAGE']._serialized_end=991
-  _globals['_HELLO']._serialized_start=993
-  _globals['_HELLO']._serialized_end=1036
-  _globals['_QUEUED']._serialized_start=1038
-  _globals['_QUEUED']._serialized_end=1076
-  _globals['_ADMITTED']._serialized_start=1078
-  _globals['_ADMITTED']._serialized_end=1181
-  _globals['_PROGRESS']._serialized_start=1183
-  _globals['_PROGRESS']._serialized_end=1271
-  _globals['_NOROOM']._serialized_start=1273
-  _globals['_NOROOM']._serialized_end=1356
-  _globals['_BOUND']._serialized_start=1358
-  _globals['_BOUND']._serialized_end=1422
-  _globals['_TRANSFERSTATS']._serialized_start=1424
-  _globals['_TRANSFERSTATS']._serialized_end=1538
-  _globals['_IMPORTED']._serialized_start=1540
-  _globals['_IMPORTED']._serialized_end=1620
-  _globals['_KVFAILED']._serialized_start=1622
-  _globals['_KVFAILED']._serialized_end=1732
-  _globals['_FAILED']._serialized_start=1734
-  _globals['_FAILED']._serialized_end=1820
-  _globals['_LEASELOST']._serialized_start=1822
-  _globals['_LEASELOST']._serialized_end=1895
-  _globals['_LEGMESSAGE']._serialized_start=1898
-  _globals['_LEGMESSAGE']._serialized_end=2308
-  _globals['_STEPBATCH']._serialized_start=2311
-  _globals['_STEPBATCH']._serialized_end=2467
-  _globals['_WORKERMESSAGE']._serialized_start=2469
-  _globals['_WORKERMESSAGE']._serialized_end=2584
-  _globals['_WORKER']._serialized_start=2586
-  _globals['_WORKER']._serialized_end=2660
+  _globals['_PREFIXSOURCE']._serialized_start=78
+  _globals['_PREFIXSOURCE']._serialized_end=251
+  _globals['_SUBMIT']._serialized_start=253
+  _globals['_SUBMIT']._serialized_end=367
+  _globals['_BIND']._serialized_start=370
+  _globals['_BIND']._serialized_end=543
+  _globals['_REBIND']._serialized_start=546
+  _globals['_REBIND']._serialized_end=685
+  _globals['_COMPUTELOCALLY']._serialized_start=687
+  _globals['_COMPUTELOCALLY']._serialized_end=809
+  _globals['_ABORT']._serialized_start=811
+  _globals['_ABORT']._serialized_end=880
+  _globals['_RELEASE']._serialized_start=882
+  _globals['_RELEASE']._serialized_end=921
+  _globals['_HEARTBEAT']._serialized_start=923
+  _globals['_HEARTBEAT']._serialized_end=947
+  _globals['_GATEWAYMESSAGE']._serialized_start=950
+  _globals['_GATEWAYMESSAGE']._serialized_end=1266
+  _globals['_HELLO']._serialized_start=1268
+  _globals['_HELLO']._serialized_end=1311
+  _globals['_QUEUED']._serialized_start=1313
+  _globals['_QUEUED']._serialized_end=1351
+  _globals['_PREFIXFETCHED']._serialized_start=1353
+  _globals['_PREFIXFETCHED']._serialized_end=1460
+  _globals['_ADMITTED']._serialized_start=1463
+  _globals['_ADMITTED']._serialized_end=1607
+  _globals['_PROGRESS']._serialized_start=1609
+  _globals['_PROGRESS']._serialized_end=1697
+  _globals['_NOROOM']._serialized_start=1699
+  _globals['_NOROOM']._serialized_end=1782
+  _globals['_BOUND']._serialized_start=1784
+  _globals['_BOUND']._serialized_end=1848
+  _globals['_TRANSFERSTATS']._serialized_start=1850
+  _globals['_TRANSFERSTATS']._serialized_end=1964
+  _globals['_IMPORTED']._serialized_start=1966
+  _globals['_IMPORTED']._serialized_end=2046
+  _globals['_KVFAILED']._serialized_start=2048
+  _globals['_KVFAILED']._serialized_end=2158
+  _globals['_FAILED']._serialized_start=2160
+  _globals['_FAILED']._serialized_end=2246
+  _globals['_LEASELOST']._serialized_start=2248
+  _globals['_LEASELOST']._serialized_end=2321
+  _globals['_LEGMESSAGE']._serialized_start=2324
+  _globals['_LEGMESSAGE']._serialized_end=2734
+  _globals['_STEPBATCH']._serialized_start=2737
+  _globals['_STEPBATCH']._serialized_end=2893
+  _globals['_WORKERMESSAGE']._serialized_start=2895
+  _globals['_WORKERMESSAGE']._serialized_end=3010
+  _globals['_WORKER']._serialized_start=3012
+  _globals['_WORKER']._serialized_end=3086
 # @@protoc_insertion_point(module_scope)

@@ -1,4 +1,5 @@
 from baton.v1 import common_pb2 as _common_pb2
+from baton.v1 import kv_pb2 as _kv_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -7,13 +8,31 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class PrefixSource(_message.Message):
+    __slots__ = ("worker_id", "transports", "host_id", "grant", "predicted_ms", "deadline_ms")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    HOST_ID_FIELD_NUMBER: _ClassVar[int]
+    GRANT_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_MS_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    transports: _containers.RepeatedCompositeFieldContainer[_common_pb2.TransportAddress]
+    host_id: str
+    grant: _kv_pb2.Grant
+    predicted_ms: float
+    deadline_ms: int
+    def __init__(self, worker_id: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[_common_pb2.TransportAddress, _Mapping]]] = ..., host_id: _Optional[str] = ..., grant: _Optional[_Union[_kv_pb2.Grant, _Mapping]] = ..., predicted_ms: _Optional[float] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+
 class Submit(_message.Message):
-    __slots__ = ("leg", "request")
+    __slots__ = ("leg", "request", "prefix")
     LEG_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
     leg: _common_pb2.LegId
     request: _common_pb2.Request
-    def __init__(self, leg: _Optional[_Union[_common_pb2.LegId, _Mapping]] = ..., request: _Optional[_Union[_common_pb2.Request, _Mapping]] = ...) -> None: ...
+    prefix: PrefixSource
+    def __init__(self, leg: _Optional[_Union[_common_pb2.LegId, _Mapping]] = ..., request: _Optional[_Union[_common_pb2.Request, _Mapping]] = ..., prefix: _Optional[_Union[PrefixSource, _Mapping]] = ...) -> None: ...
 
 class Bind(_message.Message):
     __slots__ = ("leg", "request", "ticket", "transports", "host_id")
@@ -42,12 +61,14 @@ class Rebind(_message.Message):
     def __init__(self, leg: _Optional[_Union[_common_pb2.LegId, _Mapping]] = ..., ticket: _Optional[_Union[_common_pb2.KVTicket, _Mapping]] = ..., transports: _Optional[_Iterable[_Union[_common_pb2.TransportAddress, _Mapping]]] = ..., host_id: _Optional[str] = ...) -> None: ...
 
 class ComputeLocally(_message.Message):
-    __slots__ = ("leg", "request")
+    __slots__ = ("leg", "request", "prefix")
     LEG_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
     leg: _common_pb2.LegId
     request: _common_pb2.Request
-    def __init__(self, leg: _Optional[_Union[_common_pb2.LegId, _Mapping]] = ..., request: _Optional[_Union[_common_pb2.Request, _Mapping]] = ...) -> None: ...
+    prefix: PrefixSource
+    def __init__(self, leg: _Optional[_Union[_common_pb2.LegId, _Mapping]] = ..., request: _Optional[_Union[_common_pb2.Request, _Mapping]] = ..., prefix: _Optional[_Union[PrefixSource, _Mapping]] = ...) -> None: ...
 
 class Abort(_message.Message):
     __slots__ = ("leg", "choice")
@@ -101,15 +122,27 @@ class Queued(_message.Message):
     leg: _common_pb2.LegId
     def __init__(self, leg: _Optional[_Union[_common_pb2.LegId, _Mapping]] = ...) -> None: ...
 
+class PrefixFetched(_message.Message):
+    __slots__ = ("num_tokens", "cause", "stats")
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
+    STATS_FIELD_NUMBER: _ClassVar[int]
+    num_tokens: int
+    cause: _common_pb2.Cause
+    stats: TransferStats
+    def __init__(self, num_tokens: _Optional[int] = ..., cause: _Optional[_Union[_common_pb2.Cause, str]] = ..., stats: _Optional[_Union[TransferStats, _Mapping]] = ...) -> None: ...
+
 class Admitted(_message.Message):
-    __slots__ = ("leg", "num_cached_tokens", "ticket")
+    __slots__ = ("leg", "num_cached_tokens", "ticket", "prefix")
     LEG_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
     leg: _common_pb2.LegId
     num_cached_tokens: int
     ticket: _common_pb2.KVTicket
-    def __init__(self, leg: _Optional[_Union[_common_pb2.LegId, _Mapping]] = ..., num_cached_tokens: _Optional[int] = ..., ticket: _Optional[_Union[_common_pb2.KVTicket, _Mapping]] = ...) -> None: ...
+    prefix: PrefixFetched
+    def __init__(self, leg: _Optional[_Union[_common_pb2.LegId, _Mapping]] = ..., num_cached_tokens: _Optional[int] = ..., ticket: _Optional[_Union[_common_pb2.KVTicket, _Mapping]] = ..., prefix: _Optional[_Union[PrefixFetched, _Mapping]] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("leg", "tokens_done", "predicted_ms_left")
