@@ -46,7 +46,7 @@ def run(config: GatewayConfig) -> int:
         log.error("%s", error)
         return 1
     with listener:
-        return asyncio.run(_serve(config, tokenizer, defaults, listener))
+        return asyncio.run(serve(config, tokenizer, defaults, listener))
 
 
 def listen(host: str, port: int, slow_client_s: float) -> socket.socket:
@@ -68,7 +68,7 @@ def listen(host: str, port: int, slow_client_s: float) -> socket.socket:
     return listener
 
 
-async def _serve(
+async def serve(
     config: GatewayConfig,
     tokenizer: Tokenizer,
     defaults: SamplingDefaults,
