@@ -203,6 +203,15 @@ class GatewaySettings(_Section):
     drain_timeout_s: float = Field(
         30.0, gt=0, description="How long streams may go on after SIGTERM."
     )
+    enable_auto_tool_choice: bool = Field(
+        False, description="Find calls of tools in what the model writes; needs a parser."
+    )
+    tool_call_parser: Literal["hermes", "llama3_json", "mistral", "pythonic", "qwen3"] | None = (
+        Field(None, description="The format in which the model calls tools.")
+    )
+    reasoning_parser: Literal["deepseek_r1", "qwen3"] | None = Field(
+        None, description="How the model sets its reasoning apart."
+    )
     metrics_compat: Literal["vllm", "none"] = Field(
         "vllm", description="Whose names /metrics has besides Baton's own."
     )

@@ -1,6 +1,7 @@
 """POST /v1/chat/completions."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -16,11 +17,13 @@ from baton.gateway.answers import (
     usage_body,
 )
 from baton.gateway.backend import ServedModel
+from baton.gateway.chat_message import ChoiceMessage, MessageStyle
 from baton.gateway.choice import Delta, joined
 from baton.gateway.context import Context
 from baton.gateway.generation import Generation, Usage
 from baton.gateway.logprobs import LogprobWriter
 from baton.gateway.openai import ChatCompletionRequest
+from baton.gateway.parsers.reasoning import REASONING_PARSERS
 from baton.gateway.prompts import Prompt, Truncation, render_prompt
 from baton.text import message_text
 
@@ -56,6 +59,9 @@ def begin(
         BatonError: refused.
     """
 
+    settings = context.settings
+    body.check_tools(auto=settings.enable_auto_tool_choice)
+
     async def encode(model: ServedModel) -> Sequence[Prompt]:
         truncation = Truncation.to_fit(body, model.max_model_len)
         length = model.max_model_len
@@ -81,6 +87,9 @@ class ChatShape:
         self._chunk = envelope(generation, "chat.completion.chunk")
         self._whole = envelope(generation, "chat.completion")
         self._generation = generation
+        self._body = body
+        self._settings = context.settings
+        self._messages: dict[int, ChoiceMessage] = {}
         self._role = _role(body)
         self._echo = _echo(body, self._role)
         self._return_token_ids = body.return_token_ids
@@ -98,12 +107,39 @@ class ChatShape:
         )
 
     def chunks(self, delta: Delta, usage: Usage | None) -> Sequence[dict[str, Any]]:
-        chunk = {**self._chunk, "choices": [self._choice_of(delta)]}
-        if delta.finish_reason is not None and not self._usage_chunk_follows:
-            chunk["system_fingerprint"] = FINGERPRINT
-        if usage is not None:
-            chunk["usage"] = usage_body(usage)
-        return (*self._opening(delta.index, usage), chunk) if delta.first else (chunk,)
+        fields = self._message(delta.index).push(delta)
+        chunks = [*self._opening(delta.index, usage)] if delta.first else []
+        chunks += [self._bare_chunk(delta.index, part, usage) for part in fields[:-1]]
+        says_more = self._logprobs or self._return_token_ids or delta.finish_reason is not None
+        if fields or says_more:
+            last = {**self._chunk, "choices": [self._choice_of(delta, fields[-1:])]}
+            if delta.finish_reason is not None and not self._usage_chunk_follows:
+                last["system_fingerprint"] = FINGERPRINT
+            if usage is not None:
+                last["usage"] = self._usage_body(usage)
+            chunks.append(last)
+        return chunks
+
+    def _message(self, index: int) -> ChoiceMessage:
+        """Of the choice with this index; the prompt is known by then, and how it ends matters."""
+        message = self._messages.get(index)
+        if message is None:
+            name, reasoning = self._settings.reasoning_parser, None
+            if name is not None:
+                prompt = self._generation.prompts[0].text or ""
+                reasoning = partial(REASONING_PARSERS[name], prompt)
+            parser = self._settings.tool_call_parser
+            auto = parser if self._settings.enable_auto_tool_choice else None
+            message = ChoiceMessage(MessageStyle.of(self._body, auto, reasoning))
+            self._messages[index] = message
+        return message
+
+    def _usage_body(self, usage: Usage) -> dict[str, Any]:
+        body = usage_body(usage)
+        if self._settings.reasoning_parser is not None:
+            num_tokens = sum(m.num_reasoning_tokens for m in self._messages.values())
+            body["completion_tokens_details"] = {"reasoning_tokens": num_tokens}
+        return body
 
     def _opening(self, index: int, usage: Usage | None) -> Sequence[dict[str, Any]]:
         """The role, and what is echoed."""
@@ -120,12 +156,12 @@ class ChatShape:
             chunk["usage"] = usage_body(Usage(usage.prompt_tokens, 0, usage.cached_tokens))
         return chunk
 
-    def _choice_of(self, delta: Delta) -> dict[str, Any]:
+    def _choice_of(self, delta: Delta, fields: Sequence[dict[str, Any]]) -> dict[str, Any]:
         choice: dict[str, Any] = {
             "index": delta.index,
-            "delta": {"content": delta.text},
+            "delta": fields[0] if fields else {},
             "logprobs": self._logprobs.chat(delta) if self._logprobs else None,
-            "finish_reason": delta.finish_reason,
+            "finish_reason": self._message(delta.index).finish_reason(delta.finish_reason),
         }
         if delta.finish_reason is not None:
             choice["stop_reason"] = delta.stop_reason
@@ -137,15 +173,15 @@ class ChatShape:
         return {
             **self._chunk,
             "choices": [],
-            "usage": usage_body(usage),
+            "usage": self._usage_body(usage),
             "system_fingerprint": FINGERPRINT,
         }
 
     def answer(self, choices: Sequence[Sequence[Delta]], usage: Usage) -> dict[str, Any]:
         return {
             **self._whole,
-            "choices": [self._message_of(joined(deltas)) for deltas in choices],
-            "usage": usage_body(usage),
+            "choices": [self._whole_choice(deltas) for deltas in choices],
+            "usage": self._usage_body(usage),
             "system_fingerprint": FINGERPRINT,
             **NO_EXTRAS,
             "prompt_logprobs": None,
@@ -163,20 +199,26 @@ class ChatShape:
             fields["prompt_text"] = prompt.text
         return fields
 
-    def _message_of(self, delta: Delta) -> dict[str, Any]:
+    def _whole_choice(self, deltas: Sequence[Delta]) -> dict[str, Any]:
+        delta = joined(deltas)
+        message = self._message(delta.index)
+        for part in deltas:
+            message.push(part)
+        fields = message.message()
+        if self._echo:
+            fields["content"] = self._echo + (fields["content"] or "")
         return {
             "index": delta.index,
             "message": {
                 "role": self._role,
-                "content": self._echo + delta.text,
                 "refusal": None,
                 "annotations": None,
                 "audio": None,
                 "function_call": None,
-                "reasoning": None,
+                **fields,
             },
             "logprobs": self._logprobs.chat(delta) if self._logprobs else None,
-            "finish_reason": delta.finish_reason,
+            "finish_reason": message.finish_reason(delta.finish_reason),
             "stop_reason": delta.stop_reason,
             "token_ids": list(delta.token_ids) if self._return_token_ids else None,
             **NO_CHOICE_EXTRAS,

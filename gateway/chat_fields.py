@@ -6,17 +6,17 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from baton.errors import InvalidRequest
-from baton.gateway.fields import Bool, Fields, Text
+from baton.gateway.fields import Bool, Text
+from baton.gateway.tool_fields import ToolFields
 
 _MAX_MESSAGES = 2048
 
 
-class ChatFields(Fields):
+class ChatFields(ToolFields):
     refused: ClassVar[Mapping[str, tuple[object, ...]]] = {
         "chat_template": (),  # a program from a stranger
         "media_io_kwargs": ({},),
         "mm_processor_kwargs": ({},),
-        "tools": (),
     }
 
     messages: list[dict[str, Any]] = Field(max_length=_MAX_MESSAGES)
@@ -48,5 +48,6 @@ class ChatFields(Fields):
         return {
             "add_generation_prompt": self.add_generation_prompt and not self.continue_final_message,
             "continue_final_message": self.continue_final_message,
+            "tools": self.template_tools(),
             "variables": variables,
         }

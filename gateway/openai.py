@@ -2,6 +2,7 @@
 type; `check` has those between fields; what the model decides is checked with its prompt."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -65,7 +66,6 @@ class ChatCompletionRequest(ChatFields, GenerationBody):
     refused: ClassVar[Mapping[str, tuple[object, ...]]] = {
         **GenerationBody.refused,
         **ChatFields.refused,
-        "tool_choice": ("none",),
         "functions": (),
         "function_call": ("none",),
         "audio": (),
@@ -94,7 +94,7 @@ class ChatCompletionRequest(ChatFields, GenerationBody):
         logprobs = self.top_logprobs if self.logprobs else None
         names = {"max_tokens": self.length_field, "logprobs": "top_logprobs"}
         try:
-            return self.sampling(
+            sampling = self.sampling(
                 defaults, max_tokens=getattr(self, self.length_field), logprobs=logprobs
             )
         except InvalidRequest as error:
@@ -102,3 +102,11 @@ class ChatCompletionRequest(ChatFields, GenerationBody):
             if name in (None, error.param):
                 raise
             raise InvalidRequest(error.message.replace(str(error.param), name), name) from None
+        grammar = self.call_grammar()
+        if grammar is None:
+            return sampling
+        if sampling.structured_outputs is not None:
+            raise InvalidRequest(
+                "A call that is demanded excludes another form of output.", "tool_choice"
+            )
+        return replace(sampling, structured_outputs=grammar)

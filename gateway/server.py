@@ -38,6 +38,9 @@ LAST_WORDS_S = 2  # for answers that the drain cut to say so
 
 def run(config: GatewayConfig) -> int:
     """Serve until a signal; returns the exit status."""
+    if config.enable_auto_tool_choice and config.tool_call_parser is None:
+        log.error("--enable-auto-tool-choice needs --tool-call-parser")
+        return 2
     try:
         tokenizer = Tokenizer.from_pretrained(config.tokenizer_source, revision=config.revision)
         defaults = SamplingDefaults.load(config, tokenizer)

@@ -173,8 +173,6 @@ async def test_bad_completions(
         (COMPLETIONS, "prompt_logprobs", 1),
         (COMPLETIONS, "use_beam_search", True),
         (COMPLETIONS, "kv_transfer_params", {"do_remote_prefill": True}),
-        (CHAT, "tools", [{"type": "function", "function": {"name": "f"}}]),
-        (CHAT, "tool_choice", "auto"),
         (CHAT, "chat_template", "{{ messages }}"),
     ],
 )
