@@ -293,7 +293,7 @@ async def test_a_broken_engine_is_told(served: Served, session: Session) -> None
     def explode() -> None:
         raise RuntimeError("a defect")
 
-    served.worker.core.step = explode  # type: ignore[method-assign,assignment]
+    served.worker.core.begin = explode  # type: ignore[method-assign,assignment]
     await session.send(ComputeLocally(LegId("r", 1), request()))
     async with asyncio.timeout(10):
         error = await served.worker.runtime.failed
