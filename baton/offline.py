@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from baton.engine.admission import check_request
 from baton.engine.commands import Abort, AddLocal
 from baton.engine.core import EngineCore
-from baton.engine.events import LegAdmitted, LegEvent, LegFailed, LegTokens
+from baton.engine.events import LegAdmitted, LegEvent, LegFailed, LegScored, LegTokens
 from baton.engine.sequence import LegKind
 from baton.errors import BatonError, Cause
 from baton.outputs import CompletionOutput, Logprob, RequestOutput
@@ -62,7 +62,9 @@ class Choice:
             text="".join(self._text),
             token_ids=self._token_ids,
             cumulative_logprob=sum(entry.logprob for entry in self._logprobs) if wanted else None,
-            logprobs=[self._entry(*pair) for pair in self._pairs()] if wanted else None,
+            logprobs=[logprob_entry(self._tokenizer, *pair) for pair in self._pairs()]
+            if wanted
+            else None,
             finish_reason=self.finish_reason,
             stop_reason=self._stop_reason(),
         )
@@ -70,23 +72,25 @@ class Choice:
     def _pairs(self) -> Iterator[tuple[int, Logprobs]]:
         return zip(self._token_ids, self._logprobs, strict=True)
 
-    def _entry(self, token_id: int, logprobs: Logprobs) -> dict[int, Logprob]:
-        """The sampled token first, then the most likely."""
-        entries = {token_id: self._logprob(token_id, logprobs.logprob, logprobs.rank)}
-        for rank, (other, value) in enumerate(logprobs.top, 1):
-            entries.setdefault(other, self._logprob(other, value, rank))
-        for other, value in logprobs.asked:
-            entries.setdefault(other, self._logprob(other, value, None))
-        return entries
-
-    def _logprob(self, token_id: int, value: float, rank: int | None) -> Logprob:
-        return Logprob(value, rank, self._tokenizer.token_bytes(token_id).decode(errors="replace"))
-
     def _stop_reason(self) -> int | str | None:
         if self.stop_string is not None:
             return self.stop_string
         is_stop_id = self._stop_token_id in self._sampling.stop_token_ids
         return self._stop_token_id if is_stop_id else None
+
+
+def logprob_entry(tokenizer: Tokenizer, token_id: int, logprobs: Logprobs) -> dict[int, Logprob]:
+    """The token itself first, then the most likely, then those asked for by id."""
+
+    def entry(of: int, value: float, rank: int | None) -> Logprob:
+        return Logprob(value, rank, tokenizer.token_bytes(of).decode(errors="replace"))
+
+    entries = {token_id: entry(token_id, logprobs.logprob, logprobs.rank)}
+    for rank, (other, value) in enumerate(logprobs.top, 1):
+        entries.setdefault(other, entry(other, value, rank))
+    for other, value in logprobs.asked:
+        entries.setdefault(other, entry(other, value, None))
+    return entries
 
 
 @dataclass(slots=True)
@@ -96,7 +100,9 @@ class Job:
     request: Request
     prompt: str | None
     choices: list[Choice]
+    tokenizer: Tokenizer
     num_cached_tokens: int = 0
+    scores: list[Logprobs] = field(default_factory=list)  # of prompt tokens 1, 2, …
     open_choices: set[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -111,10 +117,17 @@ class Job:
             request_id=self.request.request_id,
             prompt=self.prompt,
             prompt_token_ids=list(self.request.prompt_token_ids),
+            prompt_logprobs=self._prompt_logprobs(),
             outputs=[choice.output() for choice in self.choices],
             finished=True,
             num_cached_tokens=self.num_cached_tokens,
         )
+
+    def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        if self.request.sampling.prompt_logprobs is None:
+            return None
+        pairs = zip(self.request.prompt_token_ids[1:], self.scores, strict=True)
+        return [None, *(logprob_entry(self.tokenizer, *pair) for pair in pairs)]
 
 
 class OfflineEngine:
@@ -157,7 +170,7 @@ class OfflineEngine:
 
     def _job(self, request: Request, prompt: str | None) -> Job:
         choices = [Choice(i, request, self._tokenizer) for i in range(request.sampling.n)]
-        return Job(request, prompt, choices)
+        return Job(request, prompt, choices, self._tokenizer)
 
     def _feed(self, waiting: deque[Job]) -> None:
         """Enough for the batch and a queue behind it; the engine's own queue is bounded."""
@@ -187,6 +200,9 @@ class OfflineEngine:
                 job.num_cached_tokens = event.num_cached_tokens
             case LegFailed():
                 raise BatonError(event.cause, event.detail)
+            case LegScored(_, start, logprobs):
+                assert start == len(job.scores) + 1, "scores come in order"
+                job.scores += logprobs
             case LegTokens(chunk) if chunk.choice in job.open_choices:
                 choice = job.choices[chunk.choice]
                 choice.push(chunk)

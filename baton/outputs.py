@@ -19,7 +19,7 @@ class CompletionOutput:
     token_ids: list[int]
     cumulative_logprob: float | None  # of the sampled tokens; None if no logprobs were asked for
     logprobs: list[dict[int, Logprob]] | None  # per token: the sampled one and the most likely
-    finish_reason: str  # "stop" | "length"
+    finish_reason: str  # "stop" | "length" | "repetition"
     stop_reason: int | str | None  # the stop id or stop string; None for EOS and length
 
 
@@ -32,4 +32,6 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
+    # Per prompt token: itself and the most likely; None for the first. None if not asked for.
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
     num_cached_tokens: int  # prompt tokens whose KV was there already

@@ -1,5 +1,7 @@
 """baton.types to and from protobuf. See `baton.wire`, which is what everybody imports."""
 
+from collections.abc import Sequence
+
 from baton.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from baton.types import (
     FinishReason,
@@ -138,6 +140,26 @@ def _logprobs_from_pb(message: pb.Logprobs) -> Logprobs:
         for items in (message.top, message.asked)
     )
     return Logprobs(message.logprob, message.rank, top, asked)
+
+
+def score_request_to_pb(request: Request) -> worker_pb2.ScoreRequest:
+    return worker_pb2.ScoreRequest(request=request_to_pb(request))
+
+
+def score_request_from_pb(message: worker_pb2.ScoreRequest) -> Request:
+    request = request_from_pb(message.request, "")
+    if request.sampling.prompt_logprobs is None:
+        raise refuse("a score request without prompt_logprobs")
+    return request
+
+
+def score_reply_to_pb(start: int, logprobs: Sequence[Logprobs]) -> worker_pb2.ScoreReply:
+    return worker_pb2.ScoreReply(start=start, logprobs=map(_logprobs_to_pb, logprobs))
+
+
+def score_reply_from_pb(message: worker_pb2.ScoreReply) -> tuple[int, tuple[Logprobs, ...]]:
+    check_len(message.logprobs, MAX_TOKENS, "logprobs")
+    return message.start, tuple(map(_logprobs_from_pb, message.logprobs))
 
 
 def _finish_reason(number: int) -> FinishReason | None:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from baton.errors import Cause
 from baton.messages import PrefixFetched
-from baton.types import Request, Role, TokenChunk, TransferStats, WorkerSnapshot
+from baton.types import Logprobs, Request, Role, TokenChunk, TransferStats, WorkerSnapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +166,16 @@ class Backend(Protocol):
         ...
 
     def topology(self) -> ClusterView: ...
+
+    async def score(self, request: Request) -> tuple[Logprobs, ...]:
+        """Log-probabilities of prompt tokens 1, 2, … (the first has none), with
+        `sampling.prompt_logprobs` alternatives each. From a worker that prefills, in bulk, beside
+        the request itself, which comes without `prompt_logprobs`.
+
+        Raises:
+            BatonError: NO_WORKER, OVERLOADED, …; what one worker cannot, another has tried.
+        """
+        ...
 
     def open(self, request: Request) -> RequestStream:
         """Admit a request: plan its route and send it off, or put it into the bounded queue.

@@ -12,7 +12,8 @@ from baton.gateway.backend import RequestStream, ServedModel
 from baton.gateway.choice import Choice, Delta
 from baton.gateway.context import Context
 from baton.gateway.prompts import Prompt, TokenIds
-from baton.types import Request, SamplingParams, TokenChunk
+from baton.gateway.scores import PromptScores
+from baton.types import Logprobs, Request, SamplingParams, TokenChunk
 
 Encode = Callable[[ServedModel], Awaitable[Sequence[Prompt]]]
 
@@ -55,6 +56,9 @@ class Generation:
         self.record = record
         self.aborted = False
         self.prompts: Sequence[Prompt] = ()
+        # Per prompt, of its tokens but the first; empty unless `prompt_logprobs` asks for them.
+        self.prompt_logprobs: Sequence[tuple[Logprobs, ...]] = ()
+        self._scores: PromptScores | None = None
         self._context = context
         self._failure: BatonError | None = None
         self._streams: list[RequestStream] = []
@@ -73,20 +77,23 @@ class Generation:
 
     def abort(self) -> None:
         self.aborted = True
-        for stream in self._streams:
-            stream.abort()
+        self._stop()
 
     def fail(self, error: BatonError) -> None:
         self._failure = error
-        for stream in self._streams:
-            stream.abort()
+        self._stop()
 
     def close(self) -> None:
         """Nothing of this job runs afterwards, here or on a worker."""
-        for stream in self._streams:
-            stream.abort()
+        self._stop()
         self.record.close([stream.report for stream in self._streams])
         self._context.inflight.end(self, time.monotonic())
+
+    def _stop(self) -> None:
+        if self._scores is not None:
+            self._scores.cancel()
+        for stream in self._streams:
+            stream.abort()
 
     def usage(self) -> Usage:
         return Usage(
@@ -101,6 +108,11 @@ class Generation:
             BatonError: the job cannot be served, or failed.
         """
         requests = await self.prepare()
+        if self.aborted or self._failure is not None:
+            self._raise_failure()
+            return
+        if self.job.sampling.prompt_logprobs is not None:
+            requests = await self._scored(requests)
         if self.aborted or self._failure is not None:
             self._raise_failure()
             return
@@ -140,6 +152,23 @@ class Generation:
         ]
         self._check_budget(requests)
         return requests
+
+    async def _scored(self, requests: Sequence[Request]) -> list[Request]:
+        """Fill `prompt_logprobs`; the requests without what is done by that.
+
+        Raises:
+            BatonError
+        """
+        self._scores = PromptScores(self._context.backend)
+        try:
+            self.prompt_logprobs = await self._scores.fetch(requests)
+        except asyncio.CancelledError:
+            if not self.aborted and self._failure is None:
+                raise
+        return [
+            replace(request, sampling=replace(request.sampling, prompt_logprobs=None))
+            for request in requests
+        ]
 
     def _raise_failure(self) -> None:
         if self._failure is not None and not self.aborted:

@@ -1,6 +1,7 @@
 """Log-probabilities in the two shapes that OpenAI has for them."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from baton.gateway.choice import Delta
@@ -54,6 +55,23 @@ class LogprobWriter:
             found.setdefault(self._text(token_id), _finite(logprob))
         found.setdefault(token, _finite(entry.logprob))
         return found
+
+    def prompt(
+        self, token_ids: Sequence[int], scores: Sequence[Logprobs]
+    ) -> list[dict[str, dict[str, Any]] | None]:
+        """vLLM's `prompt_logprobs`: per prompt token, id → {logprob, rank, decoded_token}, the
+        token itself first; null for the first token. `scores`: of all but the first."""
+        entries: list[dict[str, dict[str, Any]] | None] = [None]
+        for token_id, score in zip(token_ids[1:], scores, strict=True):
+            found = {str(token_id): self._scored(token_id, score.logprob, score.rank)}
+            for rank, (other, logprob) in enumerate(score.top[: self._num_top], 1):
+                found.setdefault(str(other), self._scored(other, logprob, rank))
+            entries.append(found)
+        return entries
+
+    def _scored(self, token_id: int, logprob: float, rank: int) -> dict[str, Any]:
+        text = self._text(token_id)
+        return {"logprob": _finite(logprob), "rank": rank, "decoded_token": text}
 
     def chat(self, delta: Delta) -> dict[str, Any]:
         """content: one {token, logprob, bytes, top_logprobs} per token."""

@@ -24,12 +24,13 @@ from baton.gateway.prefix_plan import PrefixConfig
 from baton.gateway.readiness import Readiness
 from baton.gateway.request_machine import RequestMachine
 from baton.gateway.router import RouterConfig
+from baton.gateway.scores import fetch_scores, score
 from baton.gateway.sessions import SessionConfig, WorkerSession, fetch_inventory
 from baton.grants import GrantKeys
 from baton.locality import PrefixIndex
 from baton.messages import GatewayMessage, StepBatch
 from baton.rpc import ClusterToken
-from baton.types import BlockHash, Request, Role, TokenChunk, WorkerInfo, WorkerSnapshot
+from baton.types import BlockHash, Logprobs, Request, Role, TokenChunk, WorkerInfo, WorkerSnapshot
 
 log = logging.getLogger(__name__)
 
@@ -163,6 +164,13 @@ class Orchestrator:
         if self._draining:
             raise BatonError(Cause.DRAINING, "the gateway is draining")
         return self._open(request, None)
+
+    async def score(self, request: Request) -> tuple[Logprobs, ...]:
+        if self._draining:
+            raise BatonError(Cause.DRAINING, "the gateway is draining")
+        return await score(
+            self._dispatcher.fleet, request, lambda info, r: fetch_scores(info, self._token, r)
+        )
 
     def finish_choice(self, request_id: str, choice: int) -> None:
         self._dispatcher.finish_choice(request_id, choice, self._now_ms())

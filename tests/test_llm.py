@@ -233,3 +233,20 @@ def test_repetition_has_its_own_reason(llm: LLM) -> None:
     (output,) = llm.generate("abc", params, use_tqdm=False)
     assert output.outputs[0].finish_reason == "repetition"
     assert len(output.outputs[0].token_ids) == 5
+
+
+def test_prompt_logprobs(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=2, temperature=0.0, prompt_logprobs=2)
+    plain, scored = llm.generate(["abcdef"] * 2, [GREEDY, params], use_tqdm=False)
+    assert plain.prompt_logprobs is None
+    assert scored.prompt_logprobs is not None
+    assert scored.prompt_logprobs[0] is None
+    assert len(scored.prompt_logprobs) == len(scored.prompt_token_ids)
+    for token_id, entry in zip(
+        scored.prompt_token_ids[1:], scored.prompt_logprobs[1:], strict=True
+    ):
+        assert entry is not None
+        assert next(iter(entry)) == token_id
+        assert 2 <= len(entry) <= 3
+        assert min(one.rank or 0 for one in entry.values()) == 1
+    assert scored.outputs[0].token_ids == plain.outputs[0].token_ids[:2]

@@ -335,6 +335,15 @@ def test_malformed_submits_are_refused(changes: dict[str, Any]) -> None:
     assert_refused(wire.gateway_message_from_pb, spoil_submit(**changes))
 
 
+def test_scores() -> None:
+    request = replace(REQUEST, sampling=SamplingParams(seed=1, prompt_logprobs=3))
+    back = wire.score_request_from_pb(wire.score_request_to_pb(request))
+    assert back == replace(request, request_id="")
+    assert_refused(wire.score_request_from_pb, wire.score_request_to_pb(REQUEST))
+    scores = (Logprobs(-0.5, 1, ((3, -0.5), (4, -1.0))), Logprobs(-2.0, 9, ()))
+    assert wire.score_reply_from_pb(wire.score_reply_to_pb(7, scores)) == (7, scores)
+
+
 def test_committed_output_covers_every_choice_or_none() -> None:
     message = spoil_submit()
     message.submit.request.committed.add(token_ids=[1])

@@ -89,7 +89,9 @@ class Admission:
         if pool.cache.enabled:
             seq.hash_known()
         num_free = pool.num_free
-        hits = pool.cache.find(seq.hashes, (num_tokens - 1) // self._config.block_size, ready=False)
+        # Who scores its prompt has to compute it.
+        max_hits = 0 if seq.leg.is_to_be_scored else (num_tokens - 1) // self._config.block_size
+        hits = pool.cache.find(seq.hashes, max_hits, ready=False)
         pool.acquire(hits)
         missing = self._config.num_blocks_for(num_tokens) - len(hits)
         if missing + headroom > pool.num_free:

@@ -25,6 +25,14 @@ class SampleRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Scoring:
+    """Say how likely the known tokens were: token_ids[i] is what follows the row's i-th token."""
+
+    token_ids: Seq[int]
+    num_top: int  # the likeliest tokens at each place, too
+
+
+@dataclass(frozen=True, slots=True)
 class ScheduledRow:
     """One sequence's share of a step: tokens [start, start + len(token_ids)) of prompt + output.
 
@@ -40,6 +48,11 @@ class ScheduledRow:
     start: int
     block_ids: Seq[BlockId]
     samples: tuple[SampleRequest, ...]
+    scoring: Scoring | None = None
+
+    @property
+    def num_answers(self) -> int:
+        return (len(self.scoring.token_ids) if self.scoring else 0) + len(self.samples)
 
     @property
     def num_context_tokens(self) -> int:
@@ -81,8 +94,9 @@ class Runner(Protocol):
     def run(
         self, batch: Batch, on_layers: OnLayers | None = None
     ) -> dict[int, tuple[Sampled, ...]]:
-        """row_id → one Sampled per entry of the row's `samples`, in order; rows without samples are
-        absent, unless what they computed is not finite: then they have one Sampled(NOT_FINITE).
+        """row_id → one Sampled (with logprobs) per token of the row's `scoring`, then one per entry
+        of its `samples`, in order. Rows with neither are absent, unless what they computed is not
+        finite: then they have one Sampled(NOT_FINITE).
 
         Only the runner knows when KV that it computes may be read, so it says so, at its leisure:
         `on_layers(n)` promises that the new KV of every row is in the pool, finite, in the layers

@@ -113,8 +113,8 @@ class EngineCore:
             sampled = self._runner.run(step.batch(), self._on_layers(step))
             for row in step.rows:
                 answer = sampled.get(row.row_id, ())
-                is_broken = not row.samples and answer == (Sampled(NOT_FINITE),)
-                if len(answer) != len(row.samples) and not is_broken:
+                is_broken = not row.num_answers and answer == (Sampled(NOT_FINITE),)
+                if len(answer) != row.num_answers and not is_broken:
                     raise ValueError("the runner did not answer every sample request")
         except Exception as error:  # whatever it is, it is these requests' alone
             log.exception("engine step failed with %d rows", len(step.rows))

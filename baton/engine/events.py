@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 
 from baton.errors import Cause
-from baton.types import BlockHash, BlockId, LegId, StepTiming, TokenChunk, WorkerSnapshot
+from baton.types import (
+    BlockHash,
+    BlockId,
+    LegId,
+    Logprobs,
+    StepTiming,
+    TokenChunk,
+    WorkerSnapshot,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +84,16 @@ class LegTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class LegScored:
+    """AddLocal with `prompt_logprobs`: those of prompt tokens [start, start + len(logprobs)); the
+    first event of a leg starts at 1, each other where the one before it ended."""
+
+    leg: LegId
+    start: int
+    logprobs: tuple[Logprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LegPreempted:
     """A running leg lost its blocks and will recompute; for metrics."""
 
@@ -114,6 +132,7 @@ LegEvent = (
     | LegRefused
     | LegFailed
     | LegTokens
+    | LegScored
     | LegPreempted
     | LegPinned
     | LeaseEvicted

@@ -110,7 +110,12 @@ class NullRunner:
             if on_layers is not None:
                 on_layers(layer + 1)
         self.num_tokens_computed += batch.num_tokens
-        return {row.row_id: self._sample(row) for row in batch.rows if row.samples}
+        return {row.row_id: self._answer(row) for row in batch.rows if row.num_answers}
+
+    def _answer(self, row: ScheduledRow) -> tuple[Sampled, ...]:
+        targets = row.scoring.token_ids if row.scoring is not None else ()
+        scored = (Sampled(token_id, Logprobs(-1.0, 1, ())) for token_id in targets)
+        return (*scored, *self._sample(row))
 
     def _values(self, row: ScheduledRow, layer: int) -> list[int]:
         """What a row adds to a layer."""

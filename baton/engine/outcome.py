@@ -27,11 +27,23 @@ class Outcome:
             if any(result.token_id < 0 for result in results):
                 self._refuse(seq.leg, min(result.token_id for result in results))
                 continue
+            results = self._take_scored(seq.leg, row, results)
             seq.num_computed_tokens = row.num_context_tokens
             self._scheduler.admission.publish(seq)
             self._report.computed(seq, row.start)
             if seq.num_uncomputed_tokens == 0:
                 self._complete(seq, row, results)
+
+    def _take_scored(
+        self, leg: Leg, row: ScheduledRow, results: tuple[Sampled, ...]
+    ) -> tuple[Sampled, ...]:
+        """Tell what belongs to the prompt; the rest belongs to `samples`."""
+        if row.scoring is None:
+            return results
+        num_scored = len(row.scoring.token_ids)
+        logprobs = tuple(one.logprobs for one in results[:num_scored] if one.logprobs is not None)
+        self._report.scored(leg, row.start + 1, logprobs)
+        return results[num_scored:]
 
     def _refuse(self, leg: Leg, why: int) -> None:
         """A row without a token takes its leg down."""

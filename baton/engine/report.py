@@ -10,6 +10,7 @@ from baton.engine.events import (
     LegPinned,
     LegPreempted,
     LegRefused,
+    LegScored,
     LegTokens,
     PrefillProgress,
     PrefixPinned,
@@ -118,6 +119,15 @@ class Report:
         extra = () if logprobs is None else (logprobs,)
         chunk = TokenChunk(leg.leg_id, choice, index, (token_id,), extra, *finish)
         self._events.append(LegTokens(chunk))
+
+    def scored(self, leg: Leg, start: int, logprobs: tuple[Logprobs, ...]) -> None:
+        """Of prompt tokens [start, …); what is told already (a preempted leg computes it again) is
+        left out."""
+        first = max(start, leg.num_scored_tokens)
+        new = logprobs[first - start :]
+        if new:
+            leg.num_scored_tokens = first + len(new)
+            self._events.append(LegScored(leg.leg_id, first, new))
 
     def finished(self, leg: Leg, choice: int, index: int, reason: FinishReason) -> None:
         """A choice that needs no more tokens than it came with."""

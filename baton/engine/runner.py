@@ -7,16 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from baton.engine.batch import NOT_FINITE, Batch, OnLayers, Sampled, ScheduledRow
+from baton.engine.batch import NOT_FINITE, Batch, OnLayers, Sampled, ScheduledRow, Scoring
 from baton.engine.graphs import DecodeGraphs
 from baton.engine.kv_cache import KVCache
 from baton.engine.layers.attention import AttentionBackend, StepAttention
 from baton.engine.models.decoder import Decoder
 from baton.engine.sampler import Sampler
 from baton.grammar import Grammars
+from baton.kernels.logprobs import Wanted, token_logprobs
 from baton.kernels.paged_rows import PagedRow, query_slots
 
 log = logging.getLogger(__name__)
+
+SCORED_AT_ONCE = 64  # prompt tokens whose logits are held together
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +76,28 @@ class ModelRunner:
             hidden = self._forward(rows, on_layers)
         is_finite = hidden.sum(dim=1, dtype=torch.float32).isfinite()
         results = self._sample(rows, hidden)
+        end = 0
+        for row in rows:
+            start, end = end, end + len(row.token_ids)
+            if row.scoring is not None:
+                scored = self._score(hidden[start:end], row.scoring)
+                results[row.row_id] = scored + results.get(row.row_id, ())
         # Asked last, so that a device has worked through everything when it is waited for.
         if not is_finite.all():
             results |= self._refuse_broken(rows, is_finite)
             self._wait()
         return results
+
+    def _score(self, hidden: Tensor, scoring: Scoring) -> tuple[Sampled, ...]:
+        """In pieces: logits of a whole chunk may be larger than the model."""
+        scored: list[Sampled] = []
+        for start in range(0, len(scoring.token_ids), SCORED_AT_ONCE):
+            targets = scoring.token_ids[start : start + SCORED_AT_ONCE]
+            logits = self._model.logits(hidden[start : start + len(targets)]).float().contiguous()
+            wanted = [Wanted(i, token_id, scoring.num_top) for i, token_id in enumerate(targets)]
+            logprobs = token_logprobs(logits, wanted)
+            scored += map(Sampled, targets, logprobs)
+        return tuple(scored)
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """[num_tokens, hidden_size] of all tokens of all rows, in the batch's order; no sampling.
@@ -130,7 +150,7 @@ class ModelRunner:
             if not is_finite[start:end].all():
                 slots = list(query_slots([_paged(row)], self.kv_cache.block_size))
                 self.kv_cache.tensor.flatten(2, 3)[:, :, slots] = 0
-                results[row.row_id] = (Sampled(NOT_FINITE),) * max(1, len(row.samples))
+                results[row.row_id] = (Sampled(NOT_FINITE),) * max(1, row.num_answers)
         return results
 
     def _decode(self, rows: Sequence[ScheduledRow]) -> Tensor | None:

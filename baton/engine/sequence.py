@@ -69,12 +69,21 @@ class Leg:
     is_retained: bool = False
     num_fetch_tokens: int = 0  # prompt tokens that may be fetched instead of computed; once
     num_fetched_tokens: int = 0  # of a DECODE leg: `shared_token_ids` whose KV is to be written
+    num_scored_tokens: int = 0  # leading prompt tokens whose log-probabilities are told
     num_verified_tokens: int = 0  # of these: known to be good
     _seeds: dict[int, int] = field(default_factory=dict)
 
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
+
+    @property
+    def is_to_be_scored(self) -> bool:
+        """Log-probabilities of its prompt are asked for, and not told to the end. The first token
+        has none."""
+        if self.kind is not LegKind.LOCAL or self.request.sampling.prompt_logprobs is None:
+            return False
+        return self.num_scored_tokens < self.num_prompt_tokens and self.num_prompt_tokens > 1
 
     def sequences(self) -> "list[Sequence]":
         return [self.trunk] if self.trunk is not None else list(self.branches.values())

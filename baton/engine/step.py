@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from baton.engine.batch import Batch, SampleRequest, ScheduledRow
+from baton.engine.batch import Batch, SampleRequest, ScheduledRow, Scoring
 from baton.engine.sequence import Leg, LegKind, Sequence
 from baton.types import BlockId
 
@@ -34,10 +34,21 @@ class Step:
             self.num_cached_tokens += start
         samples = _samples(seq) if stop == seq.num_tokens else ()
         token_ids = seq.tokens(start, stop)
-        self.rows.append(ScheduledRow(seq.seq_id, token_ids, start, seq.block_ids, samples))
+        scoring = _scoring(seq, start, stop)
+        row = ScheduledRow(seq.seq_id, token_ids, start, seq.block_ids, samples, scoring)
+        self.rows.append(row)
         self.seqs.append(seq)
         self.seq_ids.add(seq.seq_id)
         self.budget -= stop - start
+
+
+def _scoring(seq: Sequence, start: int, stop: int) -> Scoring | None:
+    """Of the prompt tokens that follow tokens [start, stop)."""
+    num_top = seq.leg.request.sampling.prompt_logprobs
+    if num_top is None or not seq.leg.is_to_be_scored:
+        return None
+    targets = seq.leg.request.prompt_token_ids[start + 1 : stop + 1]
+    return Scoring(targets, num_top) if targets else None
 
 
 def _samples(seq: Sequence) -> tuple[SampleRequest, ...]:

@@ -84,7 +84,7 @@ class WorkerProcess:
             runner.grammars,
         )
         self._metrics.observer.watch(worker.runtime.machine.producer)
-        self._service = WorkerService(worker.runtime, self._registration.inventory)
+        self._service = WorkerService(worker.runtime, self._registration.inventory, worker.score)
         self._service.add_to(self._server.grpc)
         worker.start()
         await self._server.start(SERVICES)

@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -11,19 +12,22 @@ from baton import wire
 from baton.errors import BatonError, Cause
 from baton.messages import WorkerMessage
 from baton.session_wire import SERVICE, serve_sessions
-from baton.types import BlockHash
-from baton.v1 import kv_pb2
+from baton.types import BlockHash, Request
+from baton.v1 import kv_pb2, worker_pb2
 from baton.worker.effects import SessionId
 from baton.worker.runtime import WorkerRuntime
+from baton.worker.scores import Scored
 
 log = logging.getLogger(__name__)
 
 MAX_UNSENT = 1024  # batches; a gateway that reads none of them has lost its session
 FLUSH_S = 1.0  # for the last words to gateways that read
+SCORES_CHUNK = 1024  # tokens in one message
 INVENTORY_CHUNK = 4096  # hashes in one message
 SERVICES = (SERVICE, "baton.v1.KV")
 
 Inventory = Callable[[], tuple[int, list[BlockHash]]]
+Score = Callable[[Request], AsyncGenerator[Scored]]
 
 
 class StreamPort:
@@ -58,8 +62,9 @@ class StreamPort:
 class WorkerService:
     """Adds its handlers to a worker's server."""
 
-    def __init__(self, runtime: WorkerRuntime, inventory: Inventory) -> None:
+    def __init__(self, runtime: WorkerRuntime, inventory: Inventory, score: Score) -> None:
         self._runtime = runtime
+        self._get_scores = score
         self._inventory = inventory
         self._ports: set[StreamPort] = set()
 
@@ -70,8 +75,16 @@ class WorkerService:
             kv_pb2.InventoryRequest.FromString,
             kv_pb2.InventoryReply.SerializeToString,
         )
+        score = grpc.unary_stream_rpc_method_handler(
+            self._score,
+            worker_pb2.ScoreRequest.FromString,
+            worker_pb2.ScoreReply.SerializeToString,
+        )
         server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(SERVICES[1], {"Inventory": inventory}),)
+            (
+                grpc.method_handlers_generic_handler(SERVICE, {"Score": score}),
+                grpc.method_handlers_generic_handler(SERVICES[1], {"Inventory": inventory}),
+            )
         )
 
     async def close(self) -> None:
@@ -116,6 +129,14 @@ class WorkerService:
                 self._runtime.reject(session, leg, error)
             else:
                 self._runtime.receive(session, message)
+
+    async def _score(self, message: Any, _context: Any) -> AsyncIterator[worker_pb2.ScoreReply]:
+        request = wire.score_request_from_pb(message)
+        async with aclosing(self._get_scores(request)) as scores:
+            async for start, logprobs in scores:
+                for index in range(0, len(logprobs), SCORES_CHUNK):
+                    part = logprobs[index : index + SCORES_CHUNK]
+                    yield wire.score_reply_to_pb(start + index, part)
 
     async def _send_inventory(
         self, _request: Any, _context: Any

@@ -6,11 +6,13 @@ code in the same process.
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 
+from baton.engine.commands import Command
 from baton.engine.core import EngineCore
 from baton.engine.events import StepOutput
 from baton.engine.thread import EngineThread
+from baton.errors import BatonError, Cause
 from baton.failpoints import Failpoints
 from baton.grammar import Grammars
 from baton.grammar_pool import GrammarPool
@@ -18,13 +20,14 @@ from baton.grants import GrantKeys
 from baton.kvtransfer.ticket import TicketKeyring
 from baton.latency import LatencyModel
 from baton.messages import WorkerMessage
-from baton.types import WorkerInfo
+from baton.types import Request, WorkerInfo
 from baton.worker.data_plane import DataPlane
 from baton.worker.fetches import FetchDesk
 from baton.worker.layer_marks import LayerMarks
 from baton.worker.machine import WorkerMachine
 from baton.worker.policy import WorkerPolicy
 from baton.worker.runtime import Observer, WorkerRuntime
+from baton.worker.scores import Scored, ScoreDesk
 
 IDLE_LOOK_S = 0.05
 LAST_WORDS_S = 2.0  # for readers and writers to stop once every leg was handed over
@@ -60,8 +63,9 @@ class Worker:
             grant_keys,
             step_age_ms=self._step_age_ms,
         )
+        self.scores = ScoreDesk(info, self._post)
         self.runtime = WorkerRuntime(
-            machine, plane.exports, (_Learner(self.latency), *observers), failpoints
+            machine, plane.exports, (_Learner(self.latency), self.scores, *observers), failpoints
         )
         marks = LayerMarks(info.layout, self.runtime.layers_ready)
         self.engine = EngineThread(
@@ -80,6 +84,19 @@ class Worker:
         self.engine.start()
         self._timers = asyncio.create_task(self.runtime.run_timers())
 
+    def score(self, request: Request) -> AsyncGenerator[Scored]:
+        """See `ScoreDesk.score`.
+
+        Raises:
+            BatonError: DRAINING.
+        """
+        if self.runtime.machine.is_draining:
+            raise BatonError(Cause.DRAINING, "the worker is shutting down")
+        return self.scores.score(request)
+
+    def _post(self, command: Command) -> None:
+        self.engine.post(command)
+
     def _step_age_ms(self) -> float:
         started_at = self.engine.step_started_at
         return 0.0 if started_at is None else max(time.monotonic() - started_at, 0.0) * 1e3
@@ -87,7 +104,8 @@ class Worker:
     @property
     def is_idle(self) -> bool:
         """No leg, lease or transfer is open."""
-        return self.runtime.machine.is_idle and not self.fetches and not self.runtime.exports
+        transfers = self.fetches or self.runtime.exports
+        return self.runtime.machine.is_idle and not transfers and not self.scores
 
     async def drain(self, timeout_s: float) -> None:
         """Admit nothing more; return when all is finished, or handed over at the deadline."""

@@ -92,6 +92,7 @@ class FakeBackend:
     is_ready: bool = True
     refuse: BatonError | None = None
     streams: list[FakeStream] = field(default_factory=list)
+    scored: list[Request] = field(default_factory=list)
 
     def models(self) -> tuple[ServedModel, ...]:
         return self.served
@@ -116,6 +117,16 @@ class FakeBackend:
         other = replace(worker, worker_id="d0", role=Role.DECODE)
         link = LinkView("p0", "d0", "grpc", num_transfers=1, num_bytes=4096, bytes_per_s=1e6)
         return ClusterView((worker, other), (link,))
+
+    async def score(self, request: Request) -> tuple[Logprobs, ...]:
+        self.scored.append(request)
+        if self.refuse is not None:
+            raise self.refuse
+        num_top = request.sampling.prompt_logprobs or 0
+        return tuple(
+            Logprobs(-float(i), 2, tuple((9 + n, -0.5) for n in range(num_top)))
+            for i in request.prompt_token_ids[1:]
+        )
 
     def open(self, request: Request) -> FakeStream:
         if self.refuse is not None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from baton.engine.commands import AddLocal
-from baton.engine.events import LegFailed, LegTokens
+from baton.engine.events import LegFailed, LegScored, LegTokens
 from baton.engine.runner import ModelRunner
 from baton.errors import Cause
 from baton.kvtransfer.local import LocalNetwork
@@ -368,6 +368,36 @@ async def test_an_abort_while_the_grammar_is_compiled(runners: Runners) -> None:
         p.send(Submit(leg, request))
         p.send(Abort(leg))
         assert spec not in runners.p[16].grammars, "it is still to come"
+
+
+async def test_prompt_scores_come_from_p_and_are_those_of_an_aggregated_run(
+    runners: Runners,
+) -> None:
+    """Although P has the prompt in its cache; and the request that follows is served from it."""
+    client, tokens = Client(), prompt(PROMPT_LEN, 77)
+    sampling = SamplingParams(**GREEDY, prompt_logprobs=3)
+    request = client.request(tokens, sampling)
+    core = make_core(runners.oracle, enable_prefix_caching=False)
+    core.apply(AddLocal(LegId("o", 0), request))
+    expected: list[Logprobs] = []
+    while core.has_work:
+        output = core.step()
+        for event in output.events if output is not None else ():
+            if isinstance(event, LegScored):
+                expected += event.logprobs
+    async with pair(runners) as (p, d):
+        await cache(p, client, tokens)
+        scores: list[Logprobs] = []
+        async for start, logprobs in p.worker.score(request):
+            assert start == len(scores) + 1
+            scores += logprobs
+        assert scores == expected
+        assert len(scores) == PROMPT_LEN - 1
+        plain = client.request(tokens, SamplingParams(**GREEDY))
+        answer = await client.disaggregated(p, d, plain)
+        assert answer.num_cached_on_p > 0
+        assert answer.stats is not None
+        assert answer.stats.num_bytes > 0
 
 
 async def test_a_repetition_ends_a_choice(runners: Runners) -> None:

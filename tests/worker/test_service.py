@@ -3,7 +3,7 @@ model."""
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -14,8 +14,9 @@ from baton import wire
 from baton.engine.config import EngineConfig
 from baton.engine.core import EngineCore
 from baton.engine.null_runner import NullModel, NullRunner
-from baton.errors import Cause
+from baton.errors import BatonError, Cause
 from baton.failpoints import Failpoints
+from baton.gateway.scores import fetch_scores
 from baton.grants import GrantKeys
 from baton.kvtransfer.local import LocalNetwork, LocalTransport
 from baton.kvtransfer.memory import KVMemory
@@ -100,7 +101,7 @@ async def served(failpoints: Failpoints) -> AsyncIterator[Served]:
     worker = await make_worker(failpoints)
     server = RpcServer(TOKEN)
     port = server.bind("127.0.0.1", 0)
-    service = WorkerService(worker.runtime, lambda: (7, HASHES))
+    service = WorkerService(worker.runtime, lambda: (7, HASHES), worker.score)
     service.add_to(server.grpc)
     worker.start()
     await server.start(SERVICES)
@@ -298,3 +299,56 @@ async def test_a_broken_engine_is_told(served: Served, session: Session) -> None
     async with asyncio.timeout(10):
         error = await served.worker.runtime.failed
     assert isinstance(error, RuntimeError)
+
+
+# ── scores ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def to_score(length: int) -> Request:
+    params = SamplingParams(seed=0, prompt_logprobs=0, n=3, max_tokens=50)
+    return Request("", tuple(i % 900 for i in range(length)), params)
+
+
+async def test_scores_come_beside_the_sessions(served: Served) -> None:
+    scores = await fetch_scores(
+        replace(served.worker.info, address=served.address), TOKEN, to_score(3000)
+    )
+    assert len(scores) == 2999
+    assert served.worker.is_idle
+    assert served.worker.core.pool.num_free == NUM_BLOCKS
+
+
+@pytest.mark.parametrize(
+    ("request_", "cause"),
+    [
+        (to_score(5000), Cause.CONTEXT_LENGTH_EXCEEDED),
+        (replace(to_score(3), sampling=SamplingParams(seed=0)), Cause.PROTOCOL),
+    ],
+    ids=["long", "nothing asked"],
+)
+async def test_what_cannot_be_scored_is_refused(
+    served: Served, request_: Request, cause: Cause
+) -> None:
+    info = replace(served.worker.info, address=served.address)
+    with pytest.raises(BatonError) as caught:
+        await fetch_scores(info, TOKEN, request_)
+    assert caught.value.cause is cause
+
+
+async def test_a_draining_worker_scores_nothing_new(served: Served) -> None:
+    served.worker.runtime.drain()
+    info = replace(served.worker.info, address=served.address)
+    with pytest.raises(BatonError) as caught:
+        await fetch_scores(info, TOKEN, to_score(30))
+    assert caught.value.cause is Cause.DRAINING
+
+
+async def test_who_hangs_up_leaves_nothing_behind(served: Served) -> None:
+    info = replace(served.worker.info, address=served.address)
+    call = asyncio.create_task(fetch_scores(info, TOKEN, to_score(4000)))
+    while not served.worker.scores:
+        await asyncio.sleep(0.001)
+    call.cancel()
+    async with asyncio.timeout(10):
+        while not (served.worker.is_idle and served.worker.core.pool.num_free == NUM_BLOCKS):
+            await asyncio.sleep(0.01)

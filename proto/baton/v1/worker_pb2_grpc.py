@@ -39,6 +39,11 @@ class WorkerStub:
                 request_serializer=baton_dot_v1_dot_worker__pb2.GatewayMessage.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_worker__pb2.WorkerMessage.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_stream(
+                '/baton.v1.Worker/Score',
+                request_serializer=baton_dot_v1_dot_worker__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_worker__pb2.ScoreReply.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -50,6 +55,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """Log-probabilities of a prompt: bulk, so not on the session. In order, from prompt index 1 on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -57,6 +69,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Session,
                     request_deserializer=baton_dot_v1_dot_worker__pb2.GatewayMessage.FromString,
                     response_serializer=baton_dot_v1_dot_worker__pb2.WorkerMessage.SerializeToString,
+            ),
+            'Score': grpc.unary_stream_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=baton_dot_v1_dot_worker__pb2.ScoreRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_worker__pb2.ScoreReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,6 +103,33 @@ class Worker:
             '/baton.v1.Worker/Session',
             baton_dot_v1_dot_worker__pb2.GatewayMessage.SerializeToString,
             baton_dot_v1_dot_worker__pb2.WorkerMessage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/baton.v1.Worker/Score',
+            baton_dot_v1_dot_worker__pb2.ScoreRequest.SerializeToString,
+            baton_dot_v1_dot_worker__pb2.ScoreReply.FromString,
             options,
             channel_credentials,
             insecure,
