@@ -17,6 +17,7 @@ from baton.kernels.paged_attention import (
 from baton.kernels.rms_norm import rms_norm, rms_norm_torch
 from baton.kernels.rope import rope, rope_torch
 from baton.kernels.sampling import gumbel_argmax, gumbel_argmax_torch
+from baton.kernels.silu_mul import silu_mul, silu_mul_torch
 from baton.types import KVRange
 from bench.gpu_report import Limits, Report, seconds
 
@@ -61,6 +62,13 @@ def layer_cases(dtype: torch.dtype) -> list[Case]:
             lambda: rms_norm_torch(x, weight, 1e-6),
             tolerance,
             2.0 * x.numel() * dtype.itemsize,
+        ),
+        Case(
+            "silu_mul",
+            lambda: silu_mul(x),
+            lambda: silu_mul_torch(x),
+            tolerance * 4,
+            1.5 * x.numel() * dtype.itemsize,
         ),
         Case(
             "rope",

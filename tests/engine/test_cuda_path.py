@@ -13,6 +13,7 @@ from baton.engine.batch import Batch
 from baton.engine.graphs import DecodeGraphs, graph_sizes
 from baton.engine.layers import attention
 from baton.engine.layers.attention import KernelBackend
+from baton.engine.layers.linear import GatedLinear, Linear
 from baton.engine.models import decoder
 from baton.engine.runner import ModelRunner
 from baton.engine.sampler import Sampler
@@ -111,6 +112,20 @@ def test_kernels_and_graphs_give_the_tokens_of_the_cpu_path(
     assert generate(make_core(graphed, **limits), prompts, params) == expected
     assert recorder.num_replays >= 2
     runner.close()
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_merged_mlp_computes_what_two_products_do(has_bias: bool) -> None:
+    torch.manual_seed(0)
+    weights = torch.randn(2, 48, 32).half()  # float32 would be packed, and packed is not merged
+    biases = torch.randn(2, 48).half() if has_bias else (None, None)
+    x = torch.randn(5, 32).half()
+    apart, merged = (
+        GatedLinear(*map(Linear, weights, biases), is_merged=is_merged)
+        for is_merged in (False, True)
+    )
+    assert (len(apart.linears), len(merged.linears)) == (2, 1)
+    assert torch.allclose(merged(x), apart(x), rtol=1e-2, atol=1e-2)
 
 
 @pytest.fixture

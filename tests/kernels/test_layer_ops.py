@@ -14,6 +14,8 @@ from baton.kernels.rms_norm import rms_norm_torch
 from baton.kernels.rms_norm_triton import rms_norm_triton
 from baton.kernels.rope import rope_torch
 from baton.kernels.rope_triton import rope_triton
+from baton.kernels.silu_mul import silu_mul_torch
+from baton.kernels.silu_mul_triton import silu_mul_triton
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
 
@@ -53,6 +55,26 @@ def test_rope(heads: int, head_dim: int, dtype: torch.dtype) -> None:
         got = rotate(x, cos_sin)
         assert got.dtype is dtype
         assert (got - expected).abs().max() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("size", [16, 1024, 1500])
+def test_silu_mul(size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(3, 2 * size) * 3).to(dtype)
+    gate, up = x.double().chunk(2, dim=-1)
+    expected = gate * gate.sigmoid() * up
+    for op in (silu_mul_torch, silu_mul_triton):
+        got = op(x)
+        assert got.dtype is dtype
+        assert ((got - expected).abs() <= TOLERANCE[dtype] * expected.abs().clamp(min=1)).all()
+
+
+def test_a_token_with_a_negative_slot_is_not_stored() -> None:
+    k = torch.ones(3, 2, 16)
+    cache = torch.zeros(2, 4, 16, 2, 16)
+    kv_store_triton(k, k, cache, torch.tensor([5, -1, 63]))
+    stored = cache.flatten(1, 2).flatten(2).any(2)
+    assert stored.nonzero().tolist() == [[0, 5], [0, 63], [1, 5], [1, 63]]
 
 
 def test_kv_store(dtype: torch.dtype) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baton.engine.huge_pages import use_huge_pages
+from baton.kernels.silu_mul import silu_mul
 
 # oneDNN's AVX-512 kernels read weights faster for four rows than for one, two or three; its AVX2
 # kernels do not (measured 16.5 against 22.8 GB/s for one row).
@@ -47,9 +48,11 @@ class Linear:
         return F.linear(x, self.weight, self.bias).mul_(other)
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        """(x Wᵀ + b) + other."""
+        """(x Wᵀ + b) + other; on CUDA `other` is overwritten with it."""
         if self.is_packed:
             return self._packed_binary(x, other, "add")
+        if x.is_cuda and self.bias is None:
+            return other.addmm_(x, self.weight.t())  # addmm would copy `other` first
         if self.bias is None:
             return torch.addmm(other, x, self.weight.t())
         return F.linear(x, self.weight, self.bias).add_(other)
@@ -66,6 +69,31 @@ class Linear:
             return _linear_binary(x, other, self.weight, self.bias, op)
         x_padded, other_padded = (F.pad(t, (0, 0, 0, missing)) for t in (x, other))
         return _linear_binary(x_padded, other_padded, self.weight, self.bias, op)[: x.shape[0]]
+
+
+class GatedLinear:
+    """silu(gate(x)) * up(x).
+
+    Merged, it is one product and one pass over its result; apart, silu and product ride on the two
+    products, where oneDNN can fuse them.
+    """
+
+    def __init__(self, gate: Linear, up: Linear, *, is_merged: bool) -> None:
+        """Drops both where they are merged: the caller does not keep them."""
+        self.is_merged = is_merged
+        self.linears: tuple[Linear, ...] = (gate, up)
+        if is_merged:
+            bias = None
+            if gate.bias is not None and up.bias is not None:
+                bias = torch.cat((gate.bias, up.bias))
+            self.linears = (Linear(torch.cat((gate.weight, up.weight)), bias),)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[num_tokens, in_features] → [num_tokens, out_features]."""
+        if self.is_merged:
+            return silu_mul(self.linears[0](x))
+        gate, up = self.linears
+        return up.times(x, gate.silu(x))
 
 
 def _reorder(weight: Tensor) -> Tensor:

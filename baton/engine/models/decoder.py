@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baton.engine.layers.attention import StepAttention
-from baton.engine.layers.linear import Linear
+from baton.engine.layers.linear import GatedLinear, Linear
 from baton.engine.layers.rotary import Rotary
 from baton.engine.model_config import ModelConfig
 from baton.kernels.rms_norm import rms_norm
@@ -66,7 +66,7 @@ class Decoder:
         of_layers = [
             linear
             for layer in self.layers
-            for linear in (layer.qkv, layer.o, layer.gate, layer.up, layer.down)
+            for linear in (layer.qkv, layer.o, *layer.gated.linears, layer.down)
         ]
         return [*of_layers, self.head]
 
@@ -90,8 +90,9 @@ class Layer:
         post = f"{prefix}.post_attention_layernorm"
         self.post_norm = Norm(config, weights, post, config.hidden_size)
         wide, narrow, bias = config.intermediate_size, config.hidden_size, config.mlp_bias
-        self.gate = _load_linear(weights, f"{prefix}.mlp.gate_proj", wide, narrow, bias)
-        self.up = _load_linear(weights, f"{prefix}.mlp.up_proj", wide, narrow, bias)
+        gate = _load_linear(weights, f"{prefix}.mlp.gate_proj", wide, narrow, bias)
+        up = _load_linear(weights, f"{prefix}.mlp.up_proj", wide, narrow, bias)
+        self.gated = GatedLinear(gate, up, is_merged=gate.weight.is_cuda)
         self.down = _load_linear(weights, f"{prefix}.mlp.down_proj", narrow, wide, bias)
 
     def __call__(self, x: Tensor, cos_sin: Tensor, attention: StepAttention) -> Tensor:
@@ -104,8 +105,7 @@ class Layer:
         qk = rope(qk, cos_sin)
         seen = attention(self.index, qk[:, : self.num_heads], qk[:, self.num_heads :], v)
         x = self.o.plus(seen, x)
-        normed = self.post_norm(x)
-        return self.down.plus(self.up.times(normed, self.gate.silu(normed)), x)
+        return self.down.plus(self.gated(self.post_norm(x)), x)
 
 
 class Norm:
