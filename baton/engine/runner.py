@@ -10,6 +10,7 @@ from torch import Tensor
 from baton.engine.batch import NOT_FINITE, Batch, OnLayers, Sampled, ScheduledRow, Scoring
 from baton.engine.graphs import DecodeGraphs
 from baton.engine.kv_cache import KVCache
+from baton.engine.layer_events import LayerEvents
 from baton.engine.layers.attention import AttentionBackend, StepAttention
 from baton.engine.models.decoder import Decoder
 from baton.engine.sampler import Sampler
@@ -59,12 +60,21 @@ class ModelRunner:
         self._attention = attention
         self._sampler = sampler
         self._graphs = graphs
+        is_cuda = kv_cache.tensor.is_cuda
+        self._layer_events = LayerEvents(info.num_layers) if is_cuda else None
 
     @torch.inference_mode()
     def run(
         self, batch: Batch, on_layers: OnLayers | None = None
     ) -> dict[int, tuple[Sampled, ...]]:
         """See `baton.engine.batch.Runner`."""
+        try:
+            return self._run(batch, on_layers)
+        finally:
+            if self._layer_events is not None:
+                self._layer_events.finish()
+
+    def _run(self, batch: Batch, on_layers: OnLayers | None) -> dict[int, tuple[Sampled, ...]]:
         self.kv_cache.copy_blocks(batch.copies)
         if not batch.rows:
             self._wait()
@@ -115,6 +125,8 @@ class ModelRunner:
 
     def close(self) -> None:
         """Idempotent; the pool's memory goes when nobody maps it any more."""
+        if self._layer_events is not None:
+            self._layer_events.close()
         self.kv_cache.close()
 
     def _wait(self) -> None:
@@ -165,8 +177,9 @@ class ModelRunner:
         positions = [p for row in rows for p in range(row.start, row.num_context_tokens)]
         inputs = torch.tensor((token_ids, positions)).to(device, non_blocking=True)
         plan = self._attention.plan([_paged(row) for row in rows])
-        if on_layers is not None and device.type == "cpu":
-            plan = announcing(plan, on_layers)
+        if on_layers is not None:
+            announce = announcing if self._layer_events is None else self._layer_events.announcing
+            plan = announce(plan, on_layers)
         return self._model.hidden(inputs[0], inputs[1], plan)
 
 
