@@ -41,8 +41,8 @@ def tiles_for(dims: int, dtype: torch.dtype) -> Tiles:
 
 # What differs from step to step is not compiled in: a compilation stops everyone for seconds.
 @triton.jit(
-    do_not_specialize=["q_stride", "max_blocks", "num_slots", "window", "num_splits"],
-    do_not_specialize_on_alignment=["q_ptr", "table_ptr", "lens_ptr"],
+    do_not_specialize=["max_blocks", "window", "num_splits"],
+    do_not_specialize_on_alignment=["table_ptr", "lens_ptr"],
 )
 def _decode_kernel(
     q_ptr,  # [num_rows, num_heads, head_dim], strided in the first dimension

@@ -30,14 +30,14 @@ def tiles_for(dims: int, dtype: torch.dtype) -> Tiles:
     if dtype is torch.float32:
         if dims <= 64:
             return Tiles(32, 32, 4, 2)
-        return Tiles(32, 32, 8, 1) if dims <= 128 else Tiles(16, 32, 8, 1)
-    return Tiles(128, 64, 8, 3) if dims <= 128 else Tiles(64, 32, 4, 3)
+        return Tiles(16, 32, 8, 2) if dims <= 128 else Tiles(16, 32, 8, 1)
+    return Tiles(128, 64, 8, 3) if dims <= 128 else Tiles(64, 32, 8, 3)
 
 
 # What differs from step to step is not compiled in: a compilation stops everyone for seconds.
 @triton.jit(
-    do_not_specialize=["q_stride", "max_blocks", "num_slots", "window"],
-    do_not_specialize_on_alignment=["q_ptr", "starts_ptr", "table_ptr", "lens_ptr"],
+    do_not_specialize=["max_blocks", "window"],
+    do_not_specialize_on_alignment=["starts_ptr", "table_ptr", "lens_ptr"],
 )
 def _prefill_kernel(
     q_ptr,  # [num_tokens, num_heads, head_dim], strided in the first dimension
