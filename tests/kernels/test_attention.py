@@ -144,3 +144,17 @@ def test_triton_prefill_equals_the_reference(
         got = paged_prefill_triton(q, cache, starts, table, lens, longest, scale, window)
         expected = paged_prefill_torch(q, cache, starts, table, lens, longest, scale, window)
         assert (got.float() - expected.float()).abs().max() < TOLERANCE[dtype], shape
+
+
+@pytest.mark.parametrize("head_dim", [96, 160])
+def test_triton_kernels_take_wide_heads(head_dim: int) -> None:
+    """Tiles depend on the width; here more than 64, and more than 128."""
+    cache, scale = make_cache(1, head_dim, torch.float32), head_dim**-0.5
+    rows = scattered([(20, 40)])
+    q = queries(rows, 2, head_dim, torch.float32)
+    starts, table, lens = tables(rows)
+    got = paged_prefill_triton(q, cache, starts, table, lens, 40, scale)
+    expected = paged_prefill_torch(q, cache, starts, table, lens, 40, scale)
+    assert (got - expected).abs().max() < TOLERANCE[torch.float32]
+    got = paged_decode_triton(q[-1:], cache, table, lens, scale)
+    assert (got - expected[-1:]).abs().max() < TOLERANCE[torch.float32]
