@@ -21,6 +21,8 @@ from baton.kvtransfer.exporter import ExportFeed
 from baton.types import TokenChunk
 from baton.v1 import kv_pb2
 
+MAX_ATTACHMENTS = 64  # of a worker; each has up to a credit's worth of frames on its way
+
 
 class ExportEvents(Protocol):
     """Where attachments' events go; carries the effects out."""
@@ -74,6 +76,8 @@ class ExportDesk:
     # ── for the exporter ─────────────────────────────────────────────────────────────────────────
 
     async def attach(self, fetch: FetchOpen) -> ExportFeed:
+        if len(self._open) + len(self._asked) >= MAX_ATTACHMENTS:
+            raise BatonError(Cause.OVERLOADED, "too many readers of this worker")
         self._num_keys += 1
         key = self._num_keys
         answer: asyncio.Future[ExportFeed] = asyncio.get_running_loop().create_future()

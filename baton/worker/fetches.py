@@ -17,10 +17,12 @@ from baton.latency import LinkModel
 from baton.types import LegId, TokenChunk, TransferStats, TransportAddress
 from baton.worker.effects import FetchKV
 from baton.worker.exports import parse_end_payload
+from baton.worker.fetch_queue import FetchQueue
 
 log = logging.getLogger(__name__)
 
 AVOID_S = 30.0  # how long a link whose transport failed is the last choice
+FORGET_S = 600.0  # how long a link that nothing comes over is remembered
 
 
 class FetchEvents(Protocol):
@@ -43,10 +45,14 @@ class _Link:
         default_factory=lambda: LinkModel(bytes_per_ms=INITIAL_RATE_BYTES_S / 1e3)
     )
     avoid_until_s: float = 0.0
+    used_at_s: float = 0.0
 
 
 class FetchDesk:
-    """Owns the tasks that fetch. Every `start` ends in one fetch_ended or fetch_failed."""
+    """Owns the tasks that fetch. Every `start` ends in one fetch_ended or fetch_failed.
+
+    Fetches beyond the bounds of `FetchQueue` wait; behind too much, they fail with OVERLOADED at
+    once, so that the gateway has the prompt computed here."""
 
     def __init__(
         self,
@@ -66,6 +72,8 @@ class FetchDesk:
         self._transports = {transport.name: transport for transport in transports}
         self._tasks: dict[LegId, asyncio.Task[TransferStats]] = {}
         self._links: dict[TransportAddress, _Link] = {}
+        self._queue = FetchQueue()
+        self._turns: dict[LegId, asyncio.Future[None]] = {}
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -109,12 +117,44 @@ class FetchDesk:
         address = choose(tuple(self._transports), offered, is_same_host, avoid)
         link = self._links.get(address)
         if link is None:
+            self._forget_links(now_s)
             link = self._links[address] = _Link()
             log.info("KV from %s comes over %s", address.address, address.name)
+        link.used_at_s = now_s
         return self._transports[address.name], address, link
+
+    def _forget_links(self, now_s: float) -> None:
+        """Producers come and go."""
+        for where, link in list(self._links.items()):
+            if now_s - link.used_at_s > FORGET_S:
+                del self._links[where]
+
+    async def turn(
+        self, order: FetchKV, address: TransportAddress, predicted_ms: float, is_spare: bool
+    ) -> None:
+        """Wait until this fetch may begin.
+
+        Raises:
+            BatonError: OVERLOADED; too much is before it.
+        """
+        now_ms = time.monotonic_ns() // 1_000_000
+        if not self._queue.ask(order.leg, address, predicted_ms, now_ms, is_spare):
+            raise BatonError(Cause.OVERLOADED, f"too many fetches wait for {address.address}")
+        turn = self._turns[order.leg] = asyncio.get_running_loop().create_future()
+        self._admit()
+        await turn
+
+    def _admit(self) -> None:
+        for leg in self._queue.admit():
+            turn = self._turns.pop(leg)
+            if not turn.done():  # cancelled: it leaves in a moment
+                turn.set_result(None)
 
     def _ended(self, leg: LegId) -> None:
         del self._tasks[leg]
+        self._turns.pop(leg, None)
+        self._queue.leave(leg)
+        self._admit()
 
 
 class _Fetch:
@@ -135,6 +175,8 @@ class _Fetch:
             desk._memory, order.block_ids, order.fetch.range, rate, takes_less=by_hash
         )
         self._importer = importer
+        predicted_ms = desk._memory.num_bytes(order.fetch.range) / link.model.bytes_per_ms
+        await desk.turn(order, address, predicted_ms, is_spare=by_hash)
         try:
             stats = await transport.fetch(address, order.fetch, _Sink(importer, self._progress))
         except BatonError as error:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,7 +27,13 @@ from baton.types import (
     TransportAddress,
 )
 from baton.worker.effects import FetchKV
-from baton.worker.exports import ExportDesk, end_payload, parse_end_payload
+from baton.worker.exports import (
+    MAX_ATTACHMENTS,
+    ExportDesk,
+    end_payload,
+    parse_end_payload,
+)
+from baton.worker.fetch_queue import MAX_PER_LINK
 from baton.worker.fetches import FetchDesk
 
 LEG = LegId("r", 1)
@@ -282,6 +289,67 @@ async def test_an_address_that_is_out_of_reach_is_not_tried() -> None:
     await run(desk)
     assert outcomes.seen[0][1].transport == "two"
     assert near.num_fetches == 0
+
+
+async def test_fetches_beyond_the_bound_wait_their_turn() -> None:
+    transport = ScriptedTransport("one", None)
+    desk, outcomes = make(transport)
+    orders = [replace(ORDER, leg=LegId(f"r{number}", 1)) for number in range(MAX_PER_LINK + 3)]
+    for order in orders:
+        desk.start(order)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert transport.num_fetches == MAX_PER_LINK
+    desk.cancel(orders[-1].leg)  # one that waits
+    desk.cancel(orders[0].leg)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert transport.num_fetches == MAX_PER_LINK + 1
+    assert {leg for leg, _, _ in outcomes.seen} == {orders[0].leg, orders[-1].leg}
+    await desk.close()
+    await asyncio.sleep(0)
+    assert len(outcomes.seen) == len(orders)
+
+
+async def test_behind_too_much_it_is_refused_at_once() -> None:
+    transport = ScriptedTransport("one", None)
+    desk, outcomes = make(transport)
+    fetch = replace(FETCH, range=KVRange(0, 1, 0, 16))
+    orders = [replace(ORDER, fetch=fetch, leg=LegId(f"r{number}", 1)) for number in range(20)]
+    desk._queue._max_behind_ms = 0.0
+    for order in orders:
+        desk.start(order)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert transport.num_fetches == MAX_PER_LINK
+    assert {cause for _, _, cause in outcomes.seen} == {Cause.OVERLOADED}
+    assert len(outcomes.seen) == 20 - MAX_PER_LINK
+    await desk.close()
+
+
+async def test_producers_that_are_gone_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("baton.worker.fetches.FORGET_S", -1.0)
+    desk, _ = make(ScriptedTransport("one", end_payload(CHUNKS, DIGEST)))
+    for number in range(3):
+        order = replace(ORDER, transports=(TransportAddress("one", f"x:{number}"),))
+        desk.start(order)
+        while len(desk):
+            await asyncio.sleep(0)
+    assert list(desk._links) == [TransportAddress("one", "x:2")]
+
+
+async def test_a_producer_has_so_many_readers_and_no_more(
+    desk: ExportDesk, machine: Machine
+) -> None:
+    tasks = [await asked(desk) for _ in range(MAX_ATTACHMENTS)]
+    with pytest.raises(BatonError) as caught:
+        await desk.attach(FETCH)
+    assert caught.value.cause is Cause.OVERLOADED
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await asked(desk)
+    assert len(machine.asked) == MAX_ATTACHMENTS + 1
 
 
 async def test_no_common_transport_is_said() -> None:
