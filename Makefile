@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: serve test test-slow test-compose install dev lint protos clean
+.PHONY: serve test test-slow test-gpu test-compose install dev lint protos clean
 
 serve: install
 	@exec $(BIN)/baton serve $(ARGS)
@@ -15,6 +15,11 @@ test: dev
 
 test-slow: dev
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# On a machine with a CUDA device: are tokens and payloads right, then how fast.
+test-gpu: dev
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python -m bench.gpu
 
 test-compose: dev
 	$(BIN)/python -m pytest -m compose $(ARGS)

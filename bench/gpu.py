@@ -5,6 +5,7 @@
     kernels   every Triton kernel: equal to its reference, and its rate
     engine    prefill and decode of a model of Llama-3-8B's shape with random weights, with and
               without CUDA graphs
+    tiles     the attention kernels with other tiles than theirs; only when asked for
     exchange  pack and unpack through pinned memory, alone and beside compute; pool to pool between
               two processes
 
@@ -20,11 +21,12 @@ from collections.abc import Callable
 
 import torch
 
-from bench import gpu_engine, gpu_exchange, gpu_kernels
+from bench import gpu_engine, gpu_exchange, gpu_kernels, gpu_tiles
 from bench.gpu_report import Limits, Report, default_log
 
 SECTIONS: dict[str, Callable[[Limits, Report], None]] = {
     "kernels": gpu_kernels.run,
+    "tiles": gpu_tiles.run,
     "engine": gpu_engine.run,
     "exchange": gpu_exchange.run,
 }
@@ -32,7 +34,7 @@ SECTIONS: dict[str, Callable[[Limits, Report], None]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.gpu")
-    parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser.add_argument("--sections", default="kernels,engine,exchange")
     chosen = parser.parse_args().sections.split(",")
     if not torch.cuda.is_available():
         print("bench/gpu.py: no CUDA device here, nothing was measured")

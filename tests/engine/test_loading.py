@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from baton.engine import checkpoint
+from baton.engine.device import num_kv_blocks
 from baton.engine.loader import load_runner
 from baton.engine.model_config import load_model_config
 from baton.engine.models.decoder import Decoder
@@ -196,6 +197,21 @@ def test_the_pool_is_as_large_as_its_sequences_need(folder: Path) -> None:
         RunnerConfig(str(folder), show_progress=False, max_num_seqs=3, block_size=32)
     )
     assert runner.kv_cache.num_blocks == 3 * 512 // 32
+
+
+def test_the_pool_on_cuda_is_what_utilization_and_workspace_leave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """80 GB, 30 of them used already: by the weights, and by another process."""
+    gb, cuda = 10**9, torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50 * gb, 80 * gb))
+    config = RunnerConfig("some/model", gpu_memory_utilization=0.75)
+    assert num_kv_blocks(config, gb, 512, cuda) == 30
+    assert num_kv_blocks(config, gb, 512, cuda, workspace_bytes=4 * gb) == 26
+    with pytest.raises(InvalidRequest, match="no room"):
+        num_kv_blocks(config, gb, 512, cuda, workspace_bytes=30 * gb)
+    told = RunnerConfig("some/model", kv_cache_memory_bytes=7 * gb)
+    assert num_kv_blocks(told, gb, 512, cuda, workspace_bytes=4 * gb) == 7
 
 
 # ── fingerprint ──────────────────────────────────────────────────────────────────────────────────
