@@ -14,8 +14,10 @@ from baton.gateway.backend import ServedModel
 from baton.gateway.context import Context
 from baton.gateway.fields import RequestFields
 from baton.gateway.generation import Encode, Generation, Job, Usage
+from baton.gateway.logprobs import LogprobWriter
 from baton.gateway.stream import GenerationResponse, Shape, Streaming
 from baton.hashing import join_salt
+from baton.text import Tokenizer
 from baton.types import SamplingParams
 
 FINGERPRINT = f"baton-{baton.__version__}"
@@ -111,6 +113,17 @@ def envelope(generation: Generation, kind: str) -> dict[str, Any]:
         "created": int(time.time()),  # for people; nothing is measured with it
         "model": generation.job.model.name,
     }
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer, generation: Generation, number: int
+) -> list[dict[str, dict[str, Any]] | None] | None:
+    """Of the prompt with this number, if they were asked for."""
+    wanted = generation.job.sampling.prompt_logprobs
+    if wanted is None:
+        return None
+    token_ids = generation.prompts[number].token_ids
+    return LogprobWriter(tokenizer, wanted).prompt(token_ids, generation.prompt_logprobs[number])
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:

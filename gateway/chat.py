@@ -12,6 +12,7 @@ from baton.gateway.answers import (
     NO_CHOICE_EXTRAS,
     NO_EXTRAS,
     envelope,
+    prompt_logprobs,
     respond,
     start,
     usage_body,
@@ -87,6 +88,7 @@ class ChatShape:
         self._chunk = envelope(generation, "chat.completion.chunk")
         self._whole = envelope(generation, "chat.completion")
         self._generation = generation
+        self._tokenizer = context.tokenizers.tokenizer
         self._body = body
         self._settings = context.settings
         self._messages: dict[int, ChoiceMessage] = {}
@@ -98,7 +100,7 @@ class ChatShape:
         as_ids = body.return_tokens_as_token_ids
         self._logprobs = (
             LogprobWriter(
-                context.tokenizers.tokenizer,
+                self._tokenizer,
                 body.top_logprobs,
                 as_ids=context.settings.return_tokens_as_token_ids if as_ids is None else as_ids,
             )
@@ -184,7 +186,7 @@ class ChatShape:
             "usage": self._usage_body(usage),
             "system_fingerprint": FINGERPRINT,
             **NO_EXTRAS,
-            "prompt_logprobs": None,
+            "prompt_logprobs": prompt_logprobs(self._tokenizer, self._generation, 0),
             "prompt_token_ids": None,
             "prompt_text": None,
             **self._prompt_fields(),

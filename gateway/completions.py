@@ -12,6 +12,7 @@ from baton.gateway.answers import (
     NO_CHOICE_EXTRAS,
     NO_EXTRAS,
     envelope,
+    prompt_logprobs,
     respond,
     start,
     usage_body,
@@ -114,18 +115,22 @@ class CompletionShape:
         }
 
     def answer(self, choices: Sequence[Sequence[Delta]], usage: Usage) -> dict[str, Any]:
-        nulls = {
-            "token_ids": None,
-            "prompt_token_ids": None,
-            "prompt_logprobs": None,
-            **NO_CHOICE_EXTRAS,
-        }
         return {
             **self._envelope,
-            "choices": [{**nulls, **self._choice(joined(deltas))} for deltas in choices],
+            "choices": [self._whole_choice(joined(deltas)) for deltas in choices],
             "usage": usage_body(usage),
             "system_fingerprint": FINGERPRINT,
             **NO_EXTRAS,
+        }
+
+    def _whole_choice(self, delta: Delta) -> dict[str, Any]:
+        number = delta.index // self._generation.job.sampling.n
+        return {
+            "token_ids": None,
+            "prompt_token_ids": None,
+            "prompt_logprobs": prompt_logprobs(self._tokenizer, self._generation, number),
+            **NO_CHOICE_EXTRAS,
+            **self._choice(delta),
         }
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
@@ -134,7 +139,7 @@ class CompletionShape:
         choice: dict[str, Any] = {
             "index": delta.index,
             "text": self._text_of(prompt) + delta.text if echo else delta.text,
-            "logprobs": self._logprobs.completion(delta) if self._logprobs else None,
+            "logprobs": self._logprobs_of(delta, prompt if echo else None),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
@@ -143,6 +148,14 @@ class CompletionShape:
             if delta.first:
                 choice["prompt_token_ids"] = list(prompt.token_ids)
         return choice
+
+    def _logprobs_of(self, delta: Delta, echoed: Prompt | None) -> dict[str, Any] | None:
+        if self._logprobs is None:
+            return None
+        if echoed is None:
+            return self._logprobs.completion(delta)
+        scores = self._generation.scores_of(delta.index)
+        return self._logprobs.echoed(delta, echoed.token_ids, scores)
 
     def _text_of(self, prompt: Prompt) -> str:
         if prompt.text is not None:

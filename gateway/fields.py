@@ -164,12 +164,19 @@ class RequestFields(Fields):
         """A stream ends with a chunk of usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def asks_prompt_logprobs(self) -> bool:
+        """By that field."""
+        raise NotImplementedError
+
     def check(self) -> None:
         """Rules between fields.
 
         Raises:
             InvalidRequest
         """
+        if self.stream and self.asks_prompt_logprobs:
+            raise InvalidRequest("prompt_logprobs cannot be streamed.", "prompt_logprobs")
         options = self.stream_options
         if options is not None and not self.stream:
             raise InvalidRequest("stream_options needs stream=true.", "stream_options")

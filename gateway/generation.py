@@ -70,6 +70,10 @@ class Generation:
         """Of the choice with this index."""
         return self.prompts[index // self.job.sampling.n]
 
+    def scores_of(self, index: int) -> tuple[Logprobs, ...]:
+        """Prompt logprobs, which must have been asked for, of the choice with this index."""
+        return self.prompt_logprobs[index // self.job.sampling.n]
+
     def first_byte(self) -> None:
         """The client was given its first token just now."""
         if self._first is not None:

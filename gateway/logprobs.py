@@ -1,7 +1,7 @@
 """Log-probabilities in the two shapes that OpenAI has for them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from baton.gateway.choice import Delta
@@ -31,19 +31,33 @@ class LogprobWriter:
 
     def completion(self, delta: Delta) -> dict[str, Any]:
         """tokens, token_logprobs, top_logprobs, text_offset: a list entry per token."""
-        tokens = [self._text(token_id) for token_id in delta.token_ids]
+        return self._columns(delta.index, delta.token_ids, delta.logprobs)
+
+    def echoed(
+        self, delta: Delta, prompt: Sequence[int], scores: Sequence[Logprobs]
+    ) -> dict[str, Any]:
+        """The prompt's tokens (`scores`: of all but the first, which gets nulls), then the delta's
+        own."""
+        return self._columns(
+            delta.index, (*prompt, *delta.token_ids), (None, *scores, *delta.logprobs)
+        )
+
+    def _columns(
+        self, index: int, token_ids: Sequence[int], entries: Sequence[Logprobs | None]
+    ) -> dict[str, Any]:
+        tokens = [self._text(token_id) for token_id in token_ids]
         offsets: list[int] = []
-        offset = self._offsets.get(delta.index, 0)
+        offset = self._offsets.get(index, 0)
         for token in tokens:
             offsets.append(offset)
             offset += len(token)
-        self._offsets[delta.index] = offset
+        self._offsets[index] = offset
         return {
             "tokens": tokens,
-            "token_logprobs": [_finite(entry.logprob) for entry in delta.logprobs],
+            "token_logprobs": [entry and _finite(entry.logprob) for entry in entries],
             "top_logprobs": [
-                self._top_map(token, entry)
-                for token, entry in zip(tokens, delta.logprobs, strict=True)
+                entry and self._top_map(token, entry)
+                for token, entry in zip(tokens, entries, strict=True)
             ],
             "text_offset": offsets,
         }
@@ -51,10 +65,17 @@ class LogprobWriter:
     def _top_map(self, token: str, entry: Logprobs) -> dict[str, float]:
         """The alternatives and the sampled token; where two ids read the same, the likelier."""
         found: dict[str, float] = {}
-        for token_id, logprob in entry.top[: self._num_top]:
+        for token_id, logprob in self._others(entry):
             found.setdefault(self._text(token_id), _finite(logprob))
         found.setdefault(token, _finite(entry.logprob))
         return found
+
+    def _others(self, entry: Logprobs) -> Iterator[tuple[int, float]]:
+        """The most likely, then those asked for by id that are not among them."""
+        top = entry.top[: self._num_top]
+        known = {token_id for token_id, _ in top}
+        yield from top
+        yield from (pair for pair in entry.asked if pair[0] not in known)
 
     def prompt(
         self, token_ids: Sequence[int], scores: Sequence[Logprobs]
@@ -78,7 +99,7 @@ class LogprobWriter:
         pairs = zip(delta.token_ids, delta.logprobs, strict=True)
         content = [
             self._entry(token_id, entry.logprob)
-            | {"top_logprobs": [self._entry(*top) for top in entry.top[: self._num_top]]}
+            | {"top_logprobs": [self._entry(*other) for other in self._others(entry)]}
             for token_id, entry in pairs
         ]
         return {"content": content, "refusal": None}

@@ -48,18 +48,17 @@ class CompletionRequest(GenerationBody):
     echo: Bool = False
     add_special_tokens: Bool = True
 
-    def check(self) -> None:
-        super().check()
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequest("echo with logprobs is not supported.", "echo")
-
     @property
     def wants_output(self) -> bool:
         return not (self.echo and self.max_tokens == 0)
 
     def params(self, defaults: SamplingDefaults) -> SamplingParams:
-        max_tokens = self.max_tokens if self.wants_output else 1
-        return self.sampling(defaults, max_tokens=max_tokens, logprobs=self.logprobs)
+        return self.sampling(
+            defaults,
+            max_tokens=self.max_tokens if self.wants_output else 1,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.logprobs if self.echo else None,
+        )
 
 
 class ChatCompletionRequest(ChatFields, GenerationBody):

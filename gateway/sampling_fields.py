@@ -12,7 +12,7 @@ from baton.errors import InvalidRequest
 from baton.gateway.defaults import SamplingDefaults
 from baton.gateway.fields import Bool, Fields, Float, Int, NonEmpty, StopStrings, TokenIds
 from baton.gateway.structured import of_response_format, of_structured_outputs
-from baton.sampling_params import MAX_BAD_WORDS, MAX_LOGIT_BIAS
+from baton.sampling_params import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_LOGPROB_TOKEN_IDS
 from baton.types import RepetitionDetection, SamplingParams, StructuredOutput
 
 _MAX_STOP_TOKEN_IDS = 1024
@@ -40,8 +40,6 @@ class Repetition(Fields):
 
 class SamplingFields(Fields):
     refused: ClassVar[Mapping[str, tuple[object, ...]]] = {
-        "prompt_logprobs": (),
-        "logprob_token_ids": ([],),
         "use_beam_search": (False,),
         "thinking_token_budget": (-1,),
         "watermarking": (),
@@ -65,6 +63,10 @@ class SamplingFields(Fields):
     logit_bias: Annotated[dict[_IdKey, Float], BeforeValidator(_not_large)] = Field(
         {}, description="Token id → added to its logit."
     )
+    prompt_logprobs: Int | None = Field(None, description="As logprobs, of the prompt's tokens.")
+    logprob_token_ids: TokenIds = Field(
+        [], max_length=MAX_LOGPROB_TOKEN_IDS, description="More tokens whose logprobs are wanted."
+    )
     bad_words: list[NonEmpty] = Field([], max_length=MAX_BAD_WORDS)
     response_format: dict[str, Any] | None = Field(
         None, description="text, json_object, json_schema or structural_tag"
@@ -80,9 +82,14 @@ class SamplingFields(Fields):
     )
 
     def sampling(
-        self, defaults: SamplingDefaults, *, max_tokens: int | None, logprobs: int | None
+        self,
+        defaults: SamplingDefaults,
+        *,
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
     ) -> SamplingParams:
-        """`defaults` stand for fields that the body leaves out.
+        """`defaults` stand for fields that the body leaves out; `prompt_logprobs` for that field.
 
         Raises:
             InvalidRequest: a value is out of range.
@@ -105,6 +112,10 @@ class SamplingFields(Fields):
             stop_token_ids=self._stop_token_ids(defaults),
             include_stop_str_in_output=self.include_stop_str_in_output,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs
+            if self.prompt_logprobs is None
+            else self.prompt_logprobs,
+            logprob_token_ids=tuple(self.logprob_token_ids),
             bad_words=tuple(self.bad_words),
             structured_outputs=self._structured(),
             logit_bias=tuple((int(key), value) for key, value in self.logit_bias.items()),
@@ -115,6 +126,10 @@ class SamplingFields(Fields):
             if repetition is None
             else RepetitionDetection(**dict(repetition)),
         )
+
+    @property
+    def asks_prompt_logprobs(self) -> bool:
+        return self.prompt_logprobs is not None
 
     @property
     def structured_param(self) -> str:

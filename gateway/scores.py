@@ -14,7 +14,7 @@ from baton.v1 import worker_pb2_grpc
 from baton.wire import score_reply_from_pb, score_request_to_pb
 
 MAX_WORKERS_TRIED = 3
-MAX_ENTRIES = 1 << 20  # of one job: prompt tokens × (prompt_logprobs + 1)
+MAX_ENTRIES = 1 << 20  # of one job: prompt tokens × n × (prompt_logprobs + 1)
 PROMPTS_AT_ONCE = 8  # of one job
 
 Fetch = Callable[[WorkerInfo, Request], Awaitable[tuple[Logprobs, ...]]]
@@ -66,9 +66,10 @@ class PromptScores:
             CancelledError: `cancel` was called.
         """
         num_top = requests[0].sampling.prompt_logprobs or 0
-        num_tokens = sum(len(request.prompt_token_ids) for request in requests)
+        # Every choice of an answer repeats them.
+        num_tokens = sum(len(r.prompt_token_ids) * r.sampling.n for r in requests)
         if num_tokens * (num_top + 1) > MAX_ENTRIES:
-            message = f"Prompt tokens × (prompt_logprobs + 1) must not exceed {MAX_ENTRIES}."
+            message = f"Prompt tokens × n × (prompt_logprobs + 1) must not exceed {MAX_ENTRIES}."
             raise InvalidRequest(message, "prompt_logprobs")
         self._tasks = [asyncio.create_task(self._fetch_one(request)) for request in requests]
         try:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastapi import Response
-from fastapi.responses import JSONResponse
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
@@ -167,8 +166,13 @@ class GenerationResponse(Response):
             return
         in_order = [choices[index] for index in sorted(choices)]
         generation.record.outcome = OK
-        body = self._shape.answer(in_order, generation.usage())
-        await JSONResponse(body)(scope, receive, send)
+
+        def render() -> bytes:
+            return to_json(self._shape.answer(in_order, generation.usage()))
+
+        is_bulk = generation.job.sampling.prompt_logprobs is not None
+        body = await asyncio.to_thread(render) if is_bulk else render()
+        await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _send_events(self, how: Streaming, scope: Scope, send: Send) -> None:
         writer = EventWriter(send, self._limits)

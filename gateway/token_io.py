@@ -11,7 +11,7 @@ from fastapi.routing import APIRoute
 from pydantic import Field
 
 from baton.gateway import chat, completions
-from baton.gateway.answers import respond, start, usage_body
+from baton.gateway.answers import prompt_logprobs, respond, start, usage_body
 from baton.gateway.backend import ServedModel
 from baton.gateway.choice import Delta, joined
 from baton.gateway.context import Context
@@ -44,6 +44,10 @@ class GenerateRequest(RequestFields):
     def params(self, defaults: SamplingDefaults) -> SamplingParams:
         fields = self.sampling_params
         return fields.sampling(defaults, max_tokens=fields.max_tokens, logprobs=fields.logprobs)
+
+    @property
+    def asks_prompt_logprobs(self) -> bool:
+        return self.sampling_params.asks_prompt_logprobs
 
     def shows_special_tokens(self, defaults: SamplingDefaults) -> bool:
         return self.sampling_params.shows_special_tokens(defaults)
@@ -122,9 +126,10 @@ class TokenShape:
 
     def __init__(self, context: Context, body: GenerateRequest, generation: Generation) -> None:
         self._request_id = generation.job.public_id.removeprefix(f"{_PREFIX}-")
+        self._generation = generation
+        self._tokenizer = context.tokenizers.tokenizer
         wanted = body.sampling_params.logprobs
-        tokenizer = context.tokenizers.tokenizer
-        self._logprobs = None if wanted is None else LogprobWriter(tokenizer, wanted)
+        self._logprobs = None if wanted is None else LogprobWriter(self._tokenizer, wanted)
 
     def chunks(self, delta: Delta, usage: Usage | None) -> Sequence[dict[str, Any]]:
         chunk: dict[str, Any] = {"request_id": self._request_id, "choices": [self._choice(delta)]}
@@ -140,7 +145,7 @@ class TokenShape:
             "request_id": self._request_id,
             "choices": [self._choice(joined(deltas)) for deltas in choices],
             "usage": usage_body(usage),
-            "prompt_logprobs": None,
+            "prompt_logprobs": prompt_logprobs(self._tokenizer, self._generation, 0),
             "kv_transfer_params": None,
         }
 

@@ -36,7 +36,7 @@ def test_every_field_is_listed(letter: str) -> None:
 
 
 def test_every_refused_field_is_listed() -> None:
-    refused = set(re.findall(r"`(\w+)`", DOCUMENT.split("Refused by name:")[1].split(";")[0]))
+    refused = set(re.findall(r"`(\w+)`", DOCUMENT.split("Refused by name:")[1].split("\n\n")[0]))
     known = CompletionRequest.refused.keys() | ChatCompletionRequest.refused.keys()
     assert refused == known
 

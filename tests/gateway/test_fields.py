@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import httpx
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from baton.config import GatewaySettings, LimitSettings
 from baton.gateway.defaults import SamplingDefaults
 from baton.text import Tokenizer
-from tests.gateway.fakes import FakeBackend, chunks
+from baton.types import FinishReason, LegId, Logprobs, Request, TokenChunk
+from tests.gateway.fakes import FakeBackend, Step, chunks
 from tests.gateway.test_completions import events, said, texts
 from tests.gateway.test_errors import CHAT, COMPLETIONS, USER, error_of
 
@@ -73,6 +75,104 @@ class TestEcho:
         other = {"messages": USER, "echo": True}
         (choice,) = (await client.post(CHAT, json=other)).json()["choices"]
         assert choice["message"]["content"] == "Hello world"
+
+
+class TestPromptLogprobs:
+    """The fake gives −id as the logprob of a prompt token."""
+
+    async def test_per_prompt(self, client: httpx.AsyncClient, backend: FakeBackend) -> None:
+        body = {"prompt": [[1, 2], [3, 4, 5]], "n": 2, "prompt_logprobs": 1}
+        choices = (await client.post(COMPLETIONS, json=body)).json()["choices"]
+        found = [choice["prompt_logprobs"] for choice in choices]
+        assert found[0] == found[1]
+        assert found[2] == found[3]
+        assert found[0][0] is None
+        assert found[0][1]["2"] == {"logprob": -2.0, "rank": 2, "decoded_token": ANY}
+        assert [entry and list(entry) for entry in found[2]] == [None, ["4", "9"], ["5", "9"]]
+        assert all(stream.request.sampling.prompt_logprobs is None for stream in backend.streams)
+
+    async def test_of_chats_and_tokens(
+        self, client: httpx.AsyncClient, backend: FakeBackend
+    ) -> None:
+        whole = (await client.post(CHAT, json={"messages": USER, "prompt_logprobs": 0})).json()
+        assert len(whole["prompt_logprobs"]) == len(backend.request.prompt_token_ids)
+        body = {"token_ids": [5, 6], "sampling_params": {"prompt_logprobs": 2}}
+        whole = (await client.post("/inference/v1/generate", json=body)).json()
+        assert whole["prompt_logprobs"][1]["6"]["logprob"] == -6.0
+        body["stream"] = True  # type: ignore[assignment]
+        response = await client.post("/inference/v1/generate", json=body)
+        assert error_of(response, 400)["param"] == "prompt_logprobs"
+
+    @pytest.mark.parametrize("max_tokens", [0, 9])
+    @pytest.mark.parametrize("stream", [False, True])
+    async def test_an_echo_with_logprobs_has_those_of_the_prompt(
+        self,
+        client: httpx.AsyncClient,
+        backend: FakeBackend,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        stream: bool,
+    ) -> None:
+        prompt = tokenizer.encode("one two", add_special_tokens=False)
+        body = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": max_tokens}
+        response = await client.post(COMPLETIONS, json={**body, "stream": stream})
+        answers = events(response) if stream else [response.json()]
+        choices = [choice for answer in answers for choice in answer["choices"]]
+        joined: dict[str, list[Any]] = {}
+        for choice in choices:
+            for name, column in choice["logprobs"].items():
+                joined.setdefault(name, []).extend(column)
+        num_output = len(joined["tokens"]) - len(prompt)
+        assert (num_output > 0) == (max_tokens > 0)
+        scores = [-float(token_id) for token_id in prompt[1:]]
+        assert joined["token_logprobs"] == [None, *scores, *[-0.5] * num_output]
+        assert joined["top_logprobs"][0] is None
+        assert len(joined["top_logprobs"]) == len(joined["tokens"])
+        text = "".join(choice["text"] for choice in choices)
+        for token, offset in zip(joined["tokens"], joined["text_offset"], strict=True):
+            assert text[offset : offset + len(token)] == token
+
+    async def test_an_answer_does_not_grow_without_bound(self, client: httpx.AsyncClient) -> None:
+        body = {"prompt": [[1] * 200] * 4, "n": 32, "max_tokens": 1}
+        response = await client.post(COMPLETIONS, json={**body, "prompt_logprobs": 20})
+        assert response.status_code == 200
+        body = {"prompt": [[1] * 250], "n": 128, "max_tokens": 1}
+        response = await client.post(COMPLETIONS, json={**body, "prompt_logprobs": 20})
+        assert response.status_code == 200
+        big = {"prompt": [[1] * 255] * 2, "n": 64, "max_tokens": 1, "prompt_logprobs": 20}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("baton.gateway.scores.MAX_ENTRIES", 255 * 2 * 64 * 21 - 1)
+            response = await client.post(COMPLETIONS, json=big)
+        assert error_of(response, 400)["param"] == "prompt_logprobs"
+
+
+async def test_logprobs_of_tokens_asked_for(
+    client: httpx.AsyncClient, backend: FakeBackend, tokenizer: Tokenizer
+) -> None:
+    entry = Logprobs(-0.5, 1, ((7, -0.5), (8, -1.0)), asked=((8, -1.0), (300, -9.0)))
+    ids = tokenizer.encode("Hi", add_special_tokens=False)
+
+    def script(request: Request) -> list[Step]:
+        leg = LegId(request.request_id, 1)
+        logprobs = (entry,) * len(ids)
+        return [TokenChunk(leg, 0, 0, tuple(ids), logprobs, FinishReason.LENGTH)]
+
+    backend.script = script
+    asked = {"logprob_token_ids": [8, 300]}
+    body = {"prompt": [1], "logprobs": 1, "return_tokens_as_token_ids": True, **asked}
+    (choice,) = (await client.post(COMPLETIONS, json=body)).json()["choices"]
+    assert list(choice["logprobs"]["top_logprobs"][0])[:3] == [
+        "token_id:7",
+        "token_id:8",
+        "token_id:300",
+    ]
+    chat = {"messages": USER, "logprobs": True, "return_tokens_as_token_ids": True, **asked}
+    (choice,) = (await client.post(CHAT, json=chat)).json()["choices"]
+    top = choice["logprobs"]["content"][0]["top_logprobs"]
+    assert [(other["token"], other["logprob"]) for other in top] == [
+        ("token_id:8", -1.0),
+        ("token_id:300", -9.0),
+    ]
 
 
 class TestTruncation:
