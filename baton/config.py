@@ -105,7 +105,11 @@ class EngineSettings(_Section):
         None, description="Size of the KV pool, e.g. 2GiB; derived from free memory if absent."
     )
     gpu_memory_utilization: float = Field(
-        0.9, gt=0, le=1, description="Share of the GPU's memory for weights, KV and activations."
+        0.9,
+        gt=0,
+        le=1,
+        description="Share of the GPU's memory for weights, KV and activations of one worker; "
+        "`baton serve` divides it among the workers on one GPU.",
     )
     enable_prefix_caching: bool = Field(True, description="Reuse the KV of equal prefixes.")
     max_num_seqs: int = Field(64, gt=0, le=4096, description="Sequences in one step.")

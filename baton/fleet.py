@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.config import ServeConfig, to_env
+from baton.gpus import assign_gpus, visible_gpus
 from baton.redis_server import redis_command, redis_url
 from baton.supervisor import ChildSpec, Supervisor
 
@@ -43,6 +44,8 @@ class Fleet:
             *(f"prefill-{i}" for i in range(config.prefill_workers)),
             *(f"decode-{i}" for i in range(config.decode_workers)),
         ]
+        gpus = [] if config.device == "cpu" else visible_gpus(os.environ)
+        self._gpu_env = assign_gpus(self.worker_names, gpus, config.gpu_memory_utilization)
 
     @property
     def base_url(self) -> str:
@@ -61,7 +64,7 @@ class Fleet:
         threads = self.config.threads or max(1, _num_cores() // max(1, len(self.worker_names)))
         env = self._env() | _PASSIVE_WAIT
         env |= {"BATON_WORKER_ID": name, "BATON_THREADS": str(threads)}
-        env |= {"OMP_NUM_THREADS": str(threads)}
+        env |= {"OMP_NUM_THREADS": str(threads)} | self._gpu_env.get(name, {})
         command = f"{name.rsplit('-', 1)[0]}-worker"
         return self._spec(name, command, env, self.config.worker_drain_timeout_s)
 

@@ -12,6 +12,7 @@ from baton.errors import InvalidRequest
 log = logging.getLogger(__name__)
 
 _MAX_CPU_POOL = 4 << 30  # bytes; pages are taken as blocks are used, so this is no cost up front
+_CONTEXT_BYTES = 1 << 29  # of the device's memory, for CUDA and its libraries, as a rule
 _CPU_POOL_SHARE = 4  # of the memory that is available: a host runs several workers
 
 
@@ -72,9 +73,9 @@ def num_kv_blocks(
 ) -> int:
     """How many blocks the pool gets, after the weights are in memory.
 
-    Without `kv_cache_memory_bytes`: on CUDA what `gpu_memory_utilization` leaves beside what is
-    used already and the `workspace_bytes` of the largest step; on CPU a share of the available
-    memory, at most what `max_num_seqs` sequences of full length need.
+    Without `kv_cache_memory_bytes`: on CUDA what `gpu_memory_utilization` leaves beside what this
+    process has taken already and the `workspace_bytes` of the largest step; on CPU a share of the
+    available memory, at most what `max_num_seqs` sequences of full length need.
 
     Raises:
         InvalidRequest: not even one block fits.
@@ -84,8 +85,9 @@ def num_kv_blocks(
         num_blocks = config.kv_cache_memory_bytes // block_bytes
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        spare = total * (1 - config.gpu_memory_utilization)
-        num_blocks = int(free - workspace_bytes - spare) // block_bytes
+        own = torch.cuda.memory_reserved(device) + _CONTEXT_BYTES
+        allowed = int(total * config.gpu_memory_utilization) - own
+        num_blocks = (min(allowed, free) - workspace_bytes) // block_bytes
     else:
         pool = min(available_memory() // _CPU_POOL_SHARE, _MAX_CPU_POOL)
         num_blocks = min(pool // block_bytes, config.max_num_seqs * blocks_per_seq)

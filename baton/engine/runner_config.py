@@ -20,7 +20,9 @@ class RunnerConfig:
     max_num_batched_tokens: int = 2048  # the largest step, for sizing CUDA workspaces
     max_num_seqs: int = 128
     kv_cache_memory_bytes: int | None = None
-    gpu_memory_utilization: float = 0.9  # of the device's memory, weights and workspaces included
+    gpu_memory_utilization: float = (
+        0.9  # of the device's memory, weights and workspaces included; this process's
+    )
     batch_invariant: bool | None = None
     enforce_eager: bool = False  # on CUDA: decode steps launch their kernels, no graphs
     seed: int = 0  # of dummy weights

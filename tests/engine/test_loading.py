@@ -202,16 +202,20 @@ def test_the_pool_is_as_large_as_its_sequences_need(folder: Path) -> None:
 def test_the_pool_on_cuda_is_what_utilization_and_workspace_leave(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """80 GB, 30 of them used already: by the weights, and by another process."""
+    """80 GB: 20 are this process's, and 10 or 60 another's."""
     gb, cuda = 10**9, torch.device("cuda", 0)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50 * gb, 80 * gb))
+    free = {"bytes": 50 * gb}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["bytes"], 80 * gb))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 20 * gb)
     config = RunnerConfig("some/model", gpu_memory_utilization=0.75)
-    assert num_kv_blocks(config, gb, 512, cuda) == 30
-    assert num_kv_blocks(config, gb, 512, cuda, workspace_bytes=4 * gb) == 26
-    with pytest.raises(InvalidRequest, match="no room"):
-        num_kv_blocks(config, gb, 512, cuda, workspace_bytes=30 * gb)
+    assert num_kv_blocks(config, gb, 512, cuda) == 39  # 60 - 20 - what CUDA itself takes
+    assert num_kv_blocks(config, gb, 512, cuda, workspace_bytes=4 * gb) == 35
     told = RunnerConfig("some/model", kv_cache_memory_bytes=7 * gb)
     assert num_kv_blocks(told, gb, 512, cuda, workspace_bytes=4 * gb) == 7
+    free["bytes"] = 5 * gb
+    assert num_kv_blocks(config, gb, 512, cuda, workspace_bytes=3 * gb) == 2
+    with pytest.raises(InvalidRequest, match="no room"):
+        num_kv_blocks(config, gb, 512, cuda, workspace_bytes=5 * gb)
 
 
 # ── fingerprint ──────────────────────────────────────────────────────────────────────────────────
