@@ -199,6 +199,10 @@ class GatewaySettings(_Section):
         description="auto = also when a decode worker is predicted to be faster; fallback = only "
         "when no prefill worker can.",
     )
+    rebalance: bool = Field(
+        True,
+        description="Move running requests between decode workers when that is predicted to pay.",
+    )
     max_pending_requests: int = Field(
         1024, gt=0, description="Open requests before new ones get 429."
     )

@@ -88,6 +88,12 @@ class GatewayMetrics(_Metrics):
         self.fetched_prefix_tokens = self._counter(
             "fetched_prefix_tokens", "Prompt tokens fetched by hash instead of computed."
         )
+        self.migrations = self._counter(
+            "migrations", "Running requests that changed their decode worker.", "cause", "result"
+        )
+        self.migration_bytes = self._counter(
+            "migration_bytes", "KV fetched from the worker that a request left.", "cause"
+        )
         self.retries = self._counter(
             "request_retries",
             "Legs and fetches that failed; the request went on if it could.",

@@ -139,6 +139,9 @@ class RequestRecord:
         for transfer in (*report.transfers, *_moved(report)):
             metrics.kv_transfer_bytes.labels(transfer.transport).inc(transfer.num_bytes)
             metrics.kv_transfer_s.labels(transfer.transport).observe(transfer.duration_ms / 1e3)
+        for migration in report.migrations:
+            metrics.migrations.labels(migration.cause.value, migration.result.value).inc()
+            metrics.migration_bytes.labels(migration.cause.value).inc(migration.num_bytes)
 
     def _tell_vllm(self, reports: Sequence[RequestReport]) -> None:
         vllm = self._metrics.vllm

@@ -99,6 +99,34 @@ class PrefillPath(StrEnum):
     LOCAL = "local"  # on the worker that decodes
 
 
+class MigrationCause(StrEnum):
+    """Why a running request changed its decode worker."""
+
+    DRAIN = "drain"  # the worker was told to end
+    REBALANCE = "rebalance"  # another one is predicted to be faster
+    FAILURE = "failure"  # the worker was lost, or failed it
+
+
+class MigrationResult(StrEnum):
+    """How it went on. Live: MOVED, FAILED (it stayed), MOOT (it ended meanwhile). After a loss:
+    ATTACHED, RECOMPUTED."""
+
+    MOVED = "moved"
+    FAILED = "failed"
+    MOOT = "moot"
+    ATTACHED = "attached"  # to KV that was there
+    RECOMPUTED = "recomputed"
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """One attempt of a running request to change its decode worker."""
+
+    cause: MigrationCause
+    result: MigrationResult
+    num_bytes: int = 0  # fetched from the worker it left
+
+
 @dataclass(frozen=True, slots=True)
 class RequestReport:
     """How a request went, so far; final once the stream ended or was aborted.
@@ -118,6 +146,7 @@ class RequestReport:
     transfers: tuple[TransferStats, ...] = field(default=())  # finished imports, in order
     failures: tuple[Cause, ...] = ()  # of legs and fetches, in order
     prefixes: tuple[PrefixFetched, ...] = field(default=())  # fetched by hash, and how that ended
+    migrations: tuple[Migration, ...] = ()
 
 
 class RequestStream(Protocol):

@@ -40,7 +40,7 @@ class OutputLog:
         if chunk.start > known:
             raise ValueError(f"index {chunk.start} after {known} committed tokens")
         again = min(known, stop) - chunk.start
-        if list(chunk.token_ids[:again]) != choice.token_ids[chunk.start : chunk.start + again]:
+        if self.contradicts(chunk):
             self.num_defects += 1
         new = chunk.token_ids[again:]
         choice.token_ids.extend(new)
@@ -56,6 +56,13 @@ class OutputLog:
             logprobs=chunk.logprobs[again:],
             finish_reason=chunk.finish_reason if ends else None,
         )
+
+    def contradicts(self, chunk: TokenChunk) -> bool:
+        """Does it have another id at a committed index?"""
+        if not 0 <= chunk.choice < len(self._choices):
+            return False
+        known = self._choices[chunk.choice].token_ids[chunk.start :]
+        return any(a != b for a, b in zip(chunk.token_ids, known, strict=False))
 
     def finish(self, choice: int) -> bool:
         """The gateway ends a choice; False when it was over already."""

@@ -17,10 +17,11 @@ from baton.errors import BatonError, Cause
 from baton.gateway import router
 from baton.gateway.backend import WorkerState
 from baton.gateway.legs import Effect, Emit, Ended, MachineConfig, Planner, Send, TransferStarted
+from baton.gateway.migration import MigratingMachine
+from baton.gateway.mover import Mover, MoverConfig, is_leaving
 from baton.gateway.prefix_plan import PrefixPlan
-from baton.gateway.request_machine import RequestMachine
 from baton.gateway.router import DecodeDecision, Need, Refusal, RouteDecision, RouterConfig
-from baton.gateway.workers import Fleet
+from baton.gateway.workers import Fleet, Worker
 from baton.grants import Grant, GrantKeys
 from baton.hashing import prefix_hashes, root_hash, salt_digest
 from baton.messages import GatewayMessage, PrefixSource, StepBatch
@@ -40,6 +41,7 @@ class PrefixIndex(Protocol):
 class DispatchConfig:
     machine: MachineConfig = field(default_factory=MachineConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
+    mover: MoverConfig = field(default_factory=MoverConfig)
     max_pending_requests: int = 1024
     claim_after_ms: float = 1000.0  # a request that has waited this long is not passed any more
 
@@ -144,20 +146,21 @@ class Dispatcher:
         self._send = send
         self._deliver = deliver
         self._drop = drop
-        self._machines: dict[str, RequestMachine] = {}
+        self._machines: dict[str, MigratingMachine] = {}
         self._parked: dict[str, float] = {}  # request → since when
         self._timers: list[tuple[float, str]] = []
         self._claim: str | None = None
+        self._mover = Mover(config.mover)
 
     @property
-    def machines(self) -> Mapping[str, RequestMachine]:
+    def machines(self) -> Mapping[str, MigratingMachine]:
         return self._machines
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────────
 
     def open(
         self, request: Request, now_ms: float, planner: Planner | None = None
-    ) -> RequestMachine:
+    ) -> MigratingMachine:
         """Start a request, over a route of its own if it comes with a planner.
 
         Raises:
@@ -166,7 +169,7 @@ class Dispatcher:
         if len(self._machines) >= self.config.max_pending_requests:
             raise BatonError(Cause.OVERLOADED, "too many open requests")
         planner = planner or _Planner(self, request)
-        machine = RequestMachine(request, planner, self.config.machine, now_ms)
+        machine = MigratingMachine(request, planner, self.config.machine, now_ms)
         effects = machine.start(now_ms)
         if machine.ended is not None and machine.ended.cause is not None:
             raise BatonError(machine.ended.cause, machine.ended.message)
@@ -224,6 +227,18 @@ class Dispatcher:
             after = (worker.free_blocks, -worker.num_sequences, worker.accepts, worker.role)
             if before != after:
                 self._wake_parked(now_ms)
+        self._move(worker, now_ms)
+
+    def _move(self, worker: Worker, now_ms: float) -> None:
+        """Let requests change their workers, if it is time to; let go of leases on one that ends.
+
+        Level-triggered: whatever did not work is tried again with a later batch."""
+        for request_id, cause in self._mover.due(self.fleet, self._machines, now_ms):
+            machine = self._machines[request_id]
+            self._carry_out(request_id, machine, machine.migrate(cause, now_ms), now_ms)
+        for request_id, machine in list(self._machines.items()) if is_leaving(worker) else ():
+            effects = machine.on_drain(worker.worker_id, now_ms)
+            self._carry_out(request_id, machine, effects, now_ms)
 
     # ── time ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -240,7 +255,7 @@ class Dispatcher:
 
     def tick(self, now_ms: float) -> None:
         """Wake every request whose time has come, earliest deadline first."""
-        due: dict[str, RequestMachine] = {}
+        due: dict[str, MigratingMachine] = {}
         while self.next_wake_ms <= now_ms:
             _, request_id = heapq.heappop(self._timers)
             due[request_id] = self._machines[request_id]
@@ -273,7 +288,7 @@ class Dispatcher:
         return self._machines[request_id].deadline_ms, self._parked.get(request_id, 0.0)
 
     def _carry_out(
-        self, request_id: str, machine: RequestMachine, effects: list[Effect], now_ms: float
+        self, request_id: str, machine: MigratingMachine, effects: list[Effect], now_ms: float
     ) -> None:
         for effect in effects:
             match effect:

@@ -20,6 +20,7 @@ from baton.gateway.discovery import Discovery
 from baton.gateway.dispatch import DispatchConfig, Dispatcher
 from baton.gateway.handovers import HandOverWatch
 from baton.gateway.legs import Emit, Ended, MachineConfig, Planner
+from baton.gateway.mover import MoverConfig
 from baton.gateway.prefix_plan import PrefixConfig
 from baton.gateway.readiness import Readiness
 from baton.gateway.request_machine import RequestMachine
@@ -299,6 +300,7 @@ def _dispatch_config(config: GatewayConfig) -> DispatchConfig:
             prefers_faster_local=config.local_prefill == "auto",
             prefixes=PrefixConfig(fetching=config.prefix_fetch),
         ),
+        mover=MoverConfig(rebalances=config.rebalance),
         max_pending_requests=config.max_pending_requests,
     )
 

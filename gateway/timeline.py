@@ -3,7 +3,13 @@
 from dataclasses import replace
 
 from baton.errors import Cause
-from baton.gateway.backend import PrefillPath, RequestReport
+from baton.gateway.backend import (
+    Migration,
+    MigrationCause,
+    MigrationResult,
+    PrefillPath,
+    RequestReport,
+)
 from baton.messages import PrefixFetched
 from baton.types import TransferStats
 
@@ -44,8 +50,13 @@ class Timeline:
             )
 
     def imported(self, stats: TransferStats) -> None:
-        transfers = (*self.report.transfers, stats)
-        self.report = replace(self.report, path=PrefillPath.REMOTE, transfers=transfers)
+        known = self.report
+        path = PrefillPath.REMOTE if known.path is PrefillPath.NONE else known.path
+        self.report = replace(known, path=path, transfers=(*known.transfers, stats))
+
+    def migrated(self, cause: MigrationCause, result: MigrationResult, num_bytes: int) -> None:
+        migration = Migration(cause, result, num_bytes)
+        self.report = replace(self.report, migrations=(*self.report.migrations, migration))
 
     def failed(self, cause: Cause) -> None:
         """A leg or a fetch ended early, and the request goes on if it can."""

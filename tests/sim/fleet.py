@@ -35,6 +35,9 @@ class Stats:
     outcomes: Counter[str] = field(default_factory=Counter)
     messages: Counter[str] = field(default_factory=Counter)
     steps: Counter[str] = field(default_factory=Counter)
+    migrations: Counter[str] = field(default_factory=Counter)
+    num_migrated_bytes: int = 0
+    num_strikes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +46,14 @@ class Plan:
 
     is_calm: nothing breaks, there is room, nobody gives up; then it is known exactly which way
     each request takes and how much is computed for it (`SimFleet.check_economy`).
+    is_restless: whoever can move to another decode worker does, again and again.
+    move_strike: (message, "source" | "target", "crash" | "cut" | "pause"): what happens to the
+    worker that a request leaves, or goes to, at the first such message about its migration.
     """
 
     is_calm: bool = False
+    is_restless: bool = False
+    move_strike: tuple[str, str, str] | None = None
     num_corrupt: int = 0  # frames to corrupt in any case
     strike: tuple[str, str] | None = None  # (step, "crash" or "pause"): whoever passes it first
     fault_window_ms: float = 150.0
@@ -58,6 +66,7 @@ STEPS = (
     *("TokenChunk", "attach", "frame sent", "frame", "fetched"),
 )
 DISTURBANCES = ("flip", "truncate", "lose", "duplicate", "swap", "replay")
+RESTLESS = Plan(is_restless=True)
 CALM = Plan(is_calm=True, fault_window_ms=0.0)
 _CALM_START_MS = 60.0  # every session is up
 _ECHO_MS = 400.0  # when a calm fleet is at rest again, and the first prompt comes once more
@@ -76,7 +85,8 @@ class SimFleet:
         self._old_frames: deque[bytes] = deque(maxlen=8)
         self._strikes: dict[str, str] = dict([self.plan.strike] if self.plan.strike else [])
         rng = self.world.rng
-        self.model = NullModel(VOCAB_SIZE, EOS, eos_rate=rng.choice([0.0, 0.03, 0.2]))
+        eos_rates = [0.0, 0.01] if self.plan.is_restless else [0.0, 0.03, 0.2]
+        self.model = NullModel(VOCAB_SIZE, EOS, eos_rate=rng.choice(eos_rates))
         self.workers: dict[str, SimWorker] = {}
         self.gateways: dict[str, SimGateway] = {}
         for spec in self._draw_workers():
@@ -95,6 +105,8 @@ class SimFleet:
         rng = self.world.rng
         fleets = ["pd", "pd", "pdd", "ppd", "ppddd", "pdd"]
         roles = rng.choice(fleets if self.plan.is_calm else [*fleets, "b", "bb", "pb", "dd"])
+        if self.plan.is_restless:
+            roles = rng.choice(["pdd", "pdd", "ppddd", "bb", "dd", "pbb"])
         names = {"p": Role.PREFILL, "d": Role.DECODE, "b": Role.BOTH}
         num_seqs = rng.choice([2, 4, 8])
         is_tiny = rng.random() < 0.5
@@ -114,6 +126,8 @@ class SimFleet:
         rng = self.world.rng
         if self.plan.is_calm:
             return 128
+        if self.plan.is_restless:
+            return rng.randrange(28, 48)
         return rng.randrange(9, 14) if is_tiny else rng.randrange(16, 40)
 
     def _draw_clients(self) -> list[Client]:
@@ -144,11 +158,14 @@ class SimFleet:
         prefix = rng.choice([(), *prefixes])
         num_own = rng.randrange(0 if prefix else 1, 24)
         prompt = prefix + self._tokens(40 if is_calm else num_own)
+        lengths = [1, 2, 5, 9, 14, 14 if is_calm else 50]
+        if self.plan.is_restless:
+            lengths = [50, 80]
         sampling = SamplingParams(
             n=rng.choice([1, 1, 1, 2, 3]),
             temperature=rng.choice([0.0, 1.0]),
             seed=rng.getrandbits(32),
-            max_tokens=rng.choice([1, 2, 5, 9, 14]),
+            max_tokens=rng.choice(lengths),
         )
         deadline = rng.choice([None, None, None, 40, 400, 4_000])
         gives_up = rng.random() < 0.15 and not is_calm
@@ -175,6 +192,8 @@ class SimFleet:
 
     def schedule_faults(self) -> None:
         rng = self.world.rng
+        if self.plan.move_strike is not None:
+            return
         self._draw_disturbances(rng.choice([0, 0, 0, 0, 1, 2]))
         faults = ["crash", "pause", "cut", "corrupt", "raise", "evict", "drain", "gateway", "step"]
         for _ in range(rng.choice([0, 1, 1, 2, 3, 4])):
@@ -221,6 +240,29 @@ class SimFleet:
             self._crash(worker)
             raise Died
         worker.paused_until = self.world.now + self.world.rng.choice([20.0, 500.0, 4_000.0])
+
+    def about_migration(self, kind: str, source: str, target: str | None) -> None:
+        """A message of this kind, about a request that moves, is on its way at a gateway."""
+        if self.plan.move_strike is None or self.stats.num_strikes:
+            return
+        wanted, who, how = self.plan.move_strike
+        name = source if who == "source" else target
+        if kind == wanted and name is not None:
+            self.stats.num_strikes += 1
+            self.world.after(0.0, None, self._strike_mover, self.workers[name], how)
+
+    def _strike_mover(self, worker: SimWorker, how: str) -> None:
+        if not worker.is_alive:
+            return
+        self._count(how, worker.name)
+        match how:
+            case "crash":
+                self._crash(worker)
+            case "cut":
+                for conn in list(worker.conns):
+                    conn.cut()
+            case "pause":
+                worker.paused_until = max(worker.paused_until, self.world.now + 4_000.0)
 
     def _restart(self, node: SimWorker | SimGateway) -> None:
         self.world.log(node.name, "starts again")
@@ -379,7 +421,11 @@ class SimFleet:
             name = "lost" if end is None else "ok" if end.cause is None else end.cause.name
             self.stats.outcomes[name] += 1
             if client.machine is not None:
-                self.stats.num_cached_tokens += client.machine.report.num_cached_tokens
+                report = client.machine.report
+                self.stats.num_cached_tokens += report.num_cached_tokens
+                for one in report.migrations:
+                    self.stats.migrations[f"{one.cause} {one.result}"] += 1
+                    self.stats.num_migrated_bytes += one.num_bytes
         self.stats.num_events = world.num_events
         return self.stats
 

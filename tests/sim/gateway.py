@@ -1,18 +1,20 @@
 """A gateway process in the simulator: the real dispatcher, router and request machines; sessions
 are events."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from baton.errors import BatonError
 from baton.gateway.dispatch import DispatchConfig, Dispatcher
 from baton.gateway.legs import Emit, Ended, MachineConfig
+from baton.gateway.mover import MoverConfig
 from baton.gateway.prefix_plan import PrefixConfig
 from baton.gateway.request_machine import RequestMachine
 from baton.gateway.router import RouterConfig
 from baton.grants import GrantKeys
 from baton.locality import PrefixIndex
 from baton.messages import GatewayMessage, Heartbeat, Hello, StepBatch
+from baton.types import LegId
 from tests.sim.oracle import Client
 from tests.sim.world import Conn, Node, World
 
@@ -47,6 +49,7 @@ class _Session:
             for item in message.messages:
                 gateway.fleet.stats.messages[type(item).__name__] += 1
                 gateway.world.log(gateway.name, f"← {self.worker_id} {item}")
+                gateway.tell_migration(type(item).__name__, item.leg)
             gateway.dispatcher.received(self.worker_id, message, gateway.world.now)
         gateway.set_timer()
 
@@ -69,6 +72,7 @@ class SimGateway(Node):
         self.sessions: dict[str, _Session] = {}
         self.clients: dict[str, Client] = {}
         self._timer_ms = float("inf")
+        self._ways: dict[LegId, tuple[str, str | None]] = {}  # of migrations: from and to
 
     def start(self) -> None:
         self.is_alive = True
@@ -76,6 +80,7 @@ class SimGateway(Node):
         config = DispatchConfig(
             machine=MachineConfig(queue_timeout_ms=30_000, reroute_wait_ms=6_000),
             router=RouterConfig(prefixes=self._prefix_config()),
+            mover=self._mover_config(),
         )
         self.dispatcher = Dispatcher(
             self.index,
@@ -97,6 +102,19 @@ class SimGateway(Node):
             margin_ms=0.0,
             min_deadline_ms=self.world.rng.choice([1.0, 100.0]),
         )
+
+    def _mover_config(self) -> MoverConfig:
+        plan = self.fleet.plan
+        lively = MoverConfig(
+            rebalances=not plan.is_calm,
+            look_every_ms=2.0,
+            rebalance_every_ms=10.0,
+            min_speedup=1.05,
+            min_gain_ms=1.0,
+        )
+        if not plan.is_restless:
+            return lively
+        return replace(lively, rebalance_every_ms=1.0, min_speedup=0.0, min_gain_ms=-1e9)
 
     # ── sessions ─────────────────────────────────────────────────────────────────────────────────
 
@@ -129,9 +147,24 @@ class SimGateway(Node):
     def _send(self, worker_id: str, message: GatewayMessage) -> None:
         self.fleet.stats.messages[type(message).__name__] += 1
         self.world.log(self.name, f"→ {worker_id} {message}")
+        if not isinstance(message, Heartbeat):
+            self.tell_migration(type(message).__name__, message.leg)
         session = self.sessions.get(worker_id)
         if session is not None and session.is_up:
             session.conn.send(0, message)
+
+    def tell_migration(self, kind: str, leg: LegId) -> None:
+        """What is sent last about a migration is sent when its machine has forgotten it."""
+        machine = self.dispatcher.machines.get(leg.request_id)
+        migration = None if machine is None else machine._migration
+        if migration is not None and migration.lease is not None:
+            source, target = migration.lease, migration.target
+            way = source.info.worker_id, None if target is None else target.info.worker_id
+            self._ways[source.leg] = way
+            if target is not None:
+                self._ways[target.leg] = way
+        if leg in self._ways:
+            self.fleet.about_migration(kind, *self._ways[leg])
 
     def _drop(self, worker_id: str) -> None:
         session = self.sessions.get(worker_id)

@@ -8,10 +8,13 @@ from unittest.mock import patch
 from baton.engine import commands, core
 from baton.engine.block_pool import BlockPool
 from baton.engine.intake import Intake
+from baton.engine.legs import Legs
 from baton.engine.prefix_cache import PrefixCache
+from baton.engine.scheduler import Scheduler
+from baton.engine.sequence import Leg, Sequence
 from baton.gateway.commit import OutputLog
 from baton.kvtransfer import frames
-from baton.types import TokenChunk
+from baton.types import BlockId, TokenChunk
 from baton.worker.consumer import ConsumerSide
 
 
@@ -93,6 +96,34 @@ def tokens_announced_too_early() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def shared_blocks_unpinned() -> Iterator[None]:
+    """What another worker fetches of a running leg goes when the leg does."""
+    hold = Legs.hold
+
+    def hold_nothing(self: Legs, leg: Leg, block_ids: list[BlockId], num_tokens: int) -> None:
+        hold(self, leg, block_ids, num_tokens)
+        self._pool.release(leg.trunk.block_ids if leg.trunk is not None else [])
+
+    with patch.object(Legs, "hold", hold_nothing):
+        yield
+
+
+@contextmanager
+def catching_up_computes_nothing() -> Iterator[None]:
+    """Tokens that were committed elsewhere count as computed."""
+    extend = Scheduler.extend
+
+    def skip(self: Scheduler, seq: Sequence, token_ids: tuple[int, ...]) -> None:
+        extend(self, seq, token_ids)
+        if seq.block_ids:
+            room = len(seq.block_ids) * self._config.block_size
+            seq.num_computed_tokens = min(seq.num_tokens - 1, room)
+
+    with patch.object(Scheduler, "extend", skip):
+        yield
+
+
 MUTATIONS: dict[str, Callable[[], object]] = {
     function.__name__: function
     for function in (
@@ -102,6 +133,8 @@ MUTATIONS: dict[str, Callable[[], object]] = {
         quarantine_off,
         prefix_hits_ignored,
         commit_rule_off,
+        shared_blocks_unpinned,
+        catching_up_computes_nothing,
         layers_announced_too_early,
         tokens_announced_too_early,
     )

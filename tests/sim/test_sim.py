@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from baton.gateway.request_machine import RequestMachine
-from tests.sim.fleet import CALM, STEPS, Plan, SimFleet
+from tests.sim.fleet import CALM, RESTLESS, STEPS, Plan, SimFleet
 from tests.sim.mutations import MUTATIONS
 from tests.sim.search import Result, run_seeds, search
 
@@ -85,7 +85,7 @@ def test_a_broken_product_is_found(name: str) -> None:
     with mutation:
         for first in range(0, 400, 20):
             seeds = range(first, first + 20)
-            for plan in (CALM, Plan(num_corrupt=1)):
+            for plan in (CALM, Plan(num_corrupt=1), RESTLESS):
                 if run_seeds(seeds, plan).failures:
                     return
     raise AssertionError(f"{name} went unnoticed")
