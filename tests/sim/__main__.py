@@ -9,7 +9,8 @@ import sys
 import time
 import traceback
 
-from tests.sim.fleet import RESTLESS, SimFleet
+from tests.sim.fleet import SimFleet
+from tests.sim.plan import RESTLESS
 from tests.sim.search import search
 
 

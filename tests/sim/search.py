@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields
 
-from tests.sim.fleet import Plan, SimFleet, Stats
+from tests.sim.fleet import SimFleet
+from tests.sim.plan import Plan, Stats
 
 _CHUNK = 100
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.sim.fleet import RESTLESS, Plan
+from tests.sim.plan import RESTLESS, Plan
 from tests.sim.search import run_seeds, search
 from tests.sim.test_sim import JOBS, explain
 

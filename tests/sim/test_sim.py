@@ -5,8 +5,9 @@ import contextlib
 import pytest
 
 from baton.gateway.request_machine import RequestMachine
-from tests.sim.fleet import CALM, RESTLESS, STEPS, Plan, SimFleet
+from tests.sim.fleet import SimFleet
 from tests.sim.mutations import MUTATIONS
+from tests.sim.plan import CALM, RESTLESS, STEPS, Plan
 from tests.sim.search import Result, run_seeds, search
 
 JOBS = 2
