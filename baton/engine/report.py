@@ -30,7 +30,7 @@ class Report:
         self._pinned: list[PrefixPinned] = []
 
     def __bool__(self) -> bool:
-        return bool(self._events)
+        return bool(self._events or self._pinned)
 
     def take(self) -> tuple[LegEvent, ...]:
         events = tuple(self._events)
