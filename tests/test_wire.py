@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from baton import wire, wire_types
 from baton.errors import BatonError, Cause
+from baton.grants import Grant
 from baton.messages import (
     Abort,
     Admitted,
@@ -24,6 +25,8 @@ from baton.messages import (
     KvFailed,
     LeaseLost,
     NoRoom,
+    PrefixFetched,
+    PrefixSource,
     Progress,
     Queued,
     Rebind,
@@ -175,20 +178,25 @@ def chunks(draw: st.DrawFn) -> TokenChunk:
     )
 
 
+grant = st.builds(
+    Grant, random_id, random_id, random_id, digest, digest, digest, u32, u32, u32, digest
+)
+prefix = st.builds(PrefixSource, name, transports, name, grant, duration, u32)
 gateway_message = st.one_of(
-    with_request(Submit),
+    with_request(Submit, st.none() | prefix),
     with_request(Bind, ticket, transports, name),
     st.builds(Rebind, leg, ticket, transports, name),
-    with_request(ComputeLocally),
+    with_request(ComputeLocally, st.none() | prefix),
     st.builds(Abort, leg, st.none() | u32),
     st.builds(Release, leg),
     st.builds(Heartbeat, u64),
 )
 cause = st.sampled_from(Cause)
 stats = st.builds(TransferStats, name, u64, u32, u32, duration, st.just({}))
+fetched = st.builds(PrefixFetched, u32, st.none() | cause, st.none() | stats)
 leg_message = st.one_of(
     st.builds(Queued, leg),
-    st.builds(Admitted, leg, u32, st.none() | ticket),
+    st.builds(Admitted, leg, u32, st.none() | ticket, st.none() | fetched),
     st.builds(Progress, leg, u32, duration),
     st.builds(NoRoom, leg, u32, u32),
     st.builds(Bound, leg, u32),

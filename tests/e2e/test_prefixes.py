@@ -10,7 +10,7 @@ from harness import free_port
 
 from baton import SamplingParams
 
-FLEETS = ("grpc", "ucx")
+FLEETS = ("grpc", "shm", "ucx")
 SEEDED = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 7, "ignore_eos": True}
 FIRST = {**SEEDED, "max_tokens": 96}
 SECOND = {**SEEDED, "max_tokens": 16}

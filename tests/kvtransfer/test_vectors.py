@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import xxhash
 
+from baton.grants import Grant, GrantKeys, grant_bytes
 from baton.hashing import join_salt, prefix_hashes, root_hash, salt_digest, tokens_digest
 from baton.kvtransfer.frames import HEADER_BYTES, FrameKind, FrameWriter, decode
 from baton.kvtransfer.ticket import TicketKeyring, ticket_bytes
-from baton.types import KVGroup, KVKind, KVLayout, KVRange, KVTicket, SamplingParams
+from baton.types import BlockHash, KVGroup, KVKind, KVLayout, KVRange, KVTicket, SamplingParams
 
 DOC = Path(__file__).parents[2] / "docs" / "kv-exchange.md"
 
@@ -53,6 +54,29 @@ def test_prefix_hashes_are_what_the_page_says(vectors: dict[str, Any]) -> None:
         ids = prompt(v)[16 * i : 16 * (i + 1)]
         parent = hashlib.sha256(parent + b"".join(struct.pack("<I", x) for x in ids)).digest()
         assert parent.hex() == expected
+
+
+def test_grant(vectors: dict[str, Any]) -> None:
+    v, h = vectors["grant"], vectors["hash"]
+    # HKDF by RFC 5869: extract, then one block of expand.
+    extracted = hmac.digest(b"baton-grant-1", v["secret"].encode(), "sha256")
+    key = hmac.digest(extracted, v["cluster"].encode() + b"\x01", "sha256")
+    assert key.hex() == v["key"]
+    unsigned = Grant(
+        nonce=bytes.fromhex(v["nonce"]),
+        source_incarnation=bytes.fromhex(v["source_incarnation"]),
+        consumer_incarnation=bytes.fromhex(v["consumer_incarnation"]),
+        fingerprint=bytes.fromhex(h["fingerprint"]),
+        salt_digest=bytes.fromhex(h["salt_digest"]),
+        last_hash=BlockHash(bytes.fromhex(h["hashes"][1])),
+        num_tokens=v["num_tokens"],
+        duration_ms=v["duration_ms"],
+    )
+    grant = GrantKeys(v["cluster"], [v["secret"]]).sign(unsigned)
+    assert grant.key_id == v["key_id"] == struct.unpack("<I", hashlib.sha256(key).digest()[:4])[0]
+    assert grant_bytes(grant).hex() == v["signed"]
+    assert grant.mac == hmac.digest(key, bytes.fromhex(v["signed"]), "sha256")
+    assert grant.mac.hex() == v["mac"]
 
 
 def test_ticket(vectors: dict[str, Any]) -> None:
