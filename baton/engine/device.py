@@ -1,6 +1,9 @@
 """What the machine offers: device, dtype, and memory for the KV pool."""
 
+import importlib.util
 import logging
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -32,7 +35,21 @@ def select_device(name: str) -> torch.device:
     index = device.index or 0
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
         raise InvalidRequest(f"device {name} is not available", "device")
+    _check_toolchain()
     return torch.device("cuda", index)
+
+
+def _check_toolchain() -> None:
+    """
+    Raises:
+        InvalidRequest: the kernels cannot be compiled here.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise InvalidRequest("on CUDA the package triton is needed", "device")
+    # Triton compiles what launches its kernels, and looks for a compiler as here.
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        raise InvalidRequest("on CUDA a C compiler (gcc or clang) is needed", "device")
 
 
 def describe_device(device: torch.device) -> str:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from baton.engine import checkpoint
-from baton.engine.device import num_kv_blocks
+from baton.engine.device import num_kv_blocks, select_device
 from baton.engine.loader import load_runner
 from baton.engine.model_config import load_model_config
 from baton.engine.models.decoder import Decoder
@@ -216,6 +216,16 @@ def test_the_pool_on_cuda_is_what_utilization_and_workspace_leave(
     assert num_kv_blocks(config, gb, 512, cuda, workspace_bytes=3 * gb) == 2
     with pytest.raises(InvalidRequest, match="no room"):
         num_kv_blocks(config, gb, 512, cuda, workspace_bytes=5 * gb)
+
+
+def test_cuda_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CC", "true")
+    assert select_device("cuda:1") == torch.device("cuda", 1)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(InvalidRequest, match="C compiler"):
+        select_device("cuda")
 
 
 # ── fingerprint ──────────────────────────────────────────────────────────────────────────────────
