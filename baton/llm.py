@@ -19,15 +19,16 @@ from typing import Any, Self, TypedDict, Unpack
 import torch
 from tqdm import tqdm
 
+from baton.beam_search import Beam, BeamSearch, BeamSearchParams
 from baton.build import engine_config, runner_config
 from baton.config import EngineSettings, ModelSettings
 from baton.engine.core import EngineCore
 from baton.engine.loader import load_runner
 from baton.errors import InvalidRequest
 from baton.offline import OfflineEngine
-from baton.outputs import RequestOutput
+from baton.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 from baton.text import Tokenizer, bad_words_token_ids
-from baton.types import Request, SamplingParams
+from baton.types import FinishReason, Request, SamplingParams
 
 Prompt = (
     str | Sequence[int] | Mapping[str, Any]
@@ -115,6 +116,53 @@ class LLM:
         ) as bar:
             rate = _Rate(bar)
             return self._engine.run(requests, rate.add)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` best completions of each prompt.
+
+        Every step asks for one more token of every beam, all prompts at once; what beams have in
+        common is in the prefix cache.
+
+        Raises:
+            InvalidRequest, BatonError: as `generate`.
+        """
+        parsed = [ids for _, ids in map(self._parse, _as_list(prompts))]
+        eos = self._runner.info.eos_token_ids
+        searches = [BeamSearch(self._cut(params, ids), eos) for ids in parsed]
+        while True:
+            open_ = [pair for pair in zip(parsed, searches, strict=True) if not pair[1].is_over]
+            if not open_:
+                break
+            requests = [
+                self._request((*ids, *beam.token_ids), search.next_params())
+                for ids, search in open_
+                for beam in search.beams
+            ]
+            found = iter(self._engine.next_logprobs(requests))
+            for _, search in open_:
+                search.advance([next(found) for _ in search.beams])
+        return [
+            self._beams(ids, search.results) for ids, search in zip(parsed, searches, strict=True)
+        ]
+
+    def _cut(self, params: BeamSearchParams, prompt: tuple[int, ...]) -> BeamSearchParams:
+        room = max(self._runner.info.max_model_len - len(prompt), 1)
+        return replace(params, max_tokens=min(params.max_tokens, room))
+
+    def _beams(self, prompt: tuple[int, ...], beams: Sequence[Beam]) -> BeamSearchOutput:
+        return BeamSearchOutput(
+            [
+                BeamSearchSequence(
+                    [*prompt, *beam.token_ids],
+                    self._tokenizer.decode((*prompt, *beam.token_ids)),
+                    beam.cumulative_logprob,
+                    "stop" if beam.finish_reason is FinishReason.STOP else "length",
+                )
+                for beam in beams
+            ]
+        )
 
     def chat(
         self,

@@ -40,6 +40,10 @@ class Choice:
     def stop_string(self) -> str | None:
         return self._output.stop_string
 
+    @property
+    def first_logprobs(self) -> Logprobs:
+        return self._logprobs[0]
+
     def push(self, chunk: TokenChunk) -> None:
         before = self._output.num_tokens
         assert chunk.start == before, "the engine's tokens come in order"
@@ -167,6 +171,18 @@ class OfflineEngine:
         finally:
             self._give_up()
         return [outputs[leg] for leg in order]
+
+    def next_logprobs(self, requests: Sequence[Request]) -> list[Logprobs]:
+        """Of the first token of each request, which asks for one token with logprobs."""
+        jobs = deque(self._job(request, None) for request in requests)
+        order = list(jobs)
+        try:
+            while jobs or self._jobs:
+                self._feed(jobs)
+                deque(self._step(), maxlen=0)
+        finally:
+            self._give_up()
+        return [job.choices[0].first_logprobs for job in order]
 
     def _job(self, request: Request, prompt: str | None) -> Job:
         choices = [Choice(i, request, self._tokenizer) for i in range(request.sampling.n)]

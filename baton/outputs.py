@@ -35,3 +35,20 @@ class RequestOutput:
     # Per prompt token: itself and the most likely; None for the first. None if not asked for.
     prompt_logprobs: list[dict[int, Logprob] | None] | None
     num_cached_tokens: int  # prompt tokens whose KV was there already
+
+
+@dataclass(frozen=True, slots=True)
+class BeamSearchSequence:
+    """One beam; `tokens` and `text` begin with the prompt."""
+
+    tokens: list[int]
+    text: str
+    cum_logprob: float  # of the tokens behind the prompt
+    finish_reason: str  # "stop" | "length"
+
+
+@dataclass(frozen=True, slots=True)
+class BeamSearchOutput:
+    """One prompt; the best sequence first."""
+
+    sequences: list[BeamSearchSequence]

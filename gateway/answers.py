@@ -62,6 +62,7 @@ def start(
         priority=body.priority,
         skip_special_tokens=not body.shows_special_tokens(context.defaults),
         structured_param=body.structured_param,
+        beam_length_penalty=body.beam_length_penalty,
         wants_output=body.wants_output,
     )
     record = RequestRecord(

@@ -160,6 +160,11 @@ class RequestFields(Fields):
         return "structured_outputs"
 
     @property
+    def beam_length_penalty(self) -> float | None:
+        """None: no beam search."""
+        return None
+
+    @property
     def include_usage(self) -> bool:
         """A stream ends with a chunk of usage."""
         return self.stream_options is not None and self.stream_options.include_usage
@@ -177,6 +182,8 @@ class RequestFields(Fields):
         """
         if self.stream and self.asks_prompt_logprobs:
             raise InvalidRequest("prompt_logprobs cannot be streamed.", "prompt_logprobs")
+        if self.stream and self.beam_length_penalty is not None:
+            raise InvalidRequest("A beam search cannot be streamed.", "use_beam_search")
         options = self.stream_options
         if options is not None and not self.stream:
             raise InvalidRequest("stream_options needs stream=true.", "stream_options")

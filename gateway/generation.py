@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from baton.errors import BatonError, Cause, InvalidRequest
 from baton.gateway.accounting import RequestRecord
 from baton.gateway.backend import RequestStream, ServedModel
+from baton.gateway.beams import BeamStream
 from baton.gateway.choice import Choice, Delta
 from baton.gateway.context import Context
 from baton.gateway.prompts import Prompt, TokenIds
@@ -31,6 +32,7 @@ class Job:
     salt: bytes
     priority: int = 0
     skip_special_tokens: bool = True
+    beam_length_penalty: float | None = None  # None: no beam search
     structured_param: str = "structured_outputs"  # the field that `sampling`'s comes from
     wants_output: bool = True  # False: the prompt alone is of interest
 
@@ -255,8 +257,13 @@ class Generation:
     def _open(self, requests: Sequence[Request]) -> None:
         num_choices = len(requests) * self.job.sampling.n
         self._choices = [self._choice(index) for index in range(num_choices)]
+        backend, penalty = self._context.backend, self.job.beam_length_penalty
         for request in requests:
-            self._streams.append(self._context.backend.open(request))
+            if penalty is None:
+                self._streams.append(backend.open(request))
+            else:
+                eos = self.job.model.eos_token_ids
+                self._streams.append(BeamStream(backend, request, penalty, eos))
 
     def _choice(self, index: int) -> Choice:
         job = self.job

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from baton.beam_search import MAX_BEAM_WIDTH, MAX_LENGTH_PENALTY
 from baton.errors import InvalidRequest
 from baton.gateway.defaults import SamplingDefaults
 from baton.gateway.fields import Bool, Fields, Float, Int, NonEmpty, StopStrings, TokenIds
@@ -40,7 +41,6 @@ class Repetition(Fields):
 
 class SamplingFields(Fields):
     refused: ClassVar[Mapping[str, tuple[object, ...]]] = {
-        "use_beam_search": (False,),
         "thinking_token_budget": (-1,),
         "watermarking": (),
         "vllm_xargs": ({},),
@@ -74,6 +74,12 @@ class SamplingFields(Fields):
     structured_outputs: dict[str, Any] | None = Field(
         None, description="One of json, regex, choice, grammar, json_object, structural_tag."
     )
+    use_beam_search: Bool = Field(
+        False,
+        description="n is the beam width; of the fields that sample, only allowed_token_ids and "
+        "logit_bias count.",
+    )
+    length_penalty: Float = 1.0
     allowed_token_ids: TokenIds | None = Field(None, min_length=1)
     repetition_detection: Repetition | None = None
     skip_special_tokens: Bool | None = None
@@ -95,6 +101,7 @@ class SamplingFields(Fields):
             InvalidRequest: a value is out of range.
         """
         repetition = self.repetition_detection
+        self._check_beams()
         return SamplingParams(
             n=self.n,
             temperature=self._temperature(defaults),
@@ -132,6 +139,25 @@ class SamplingFields(Fields):
         return self.prompt_logprobs is not None
 
     @property
+    def beam_length_penalty(self) -> float | None:
+        """None: no beam search."""
+        return self.length_penalty if self.use_beam_search else None
+
+    def _check_beams(self) -> None:
+        if not self.use_beam_search:
+            return
+        if not 1 <= self.n <= MAX_BEAM_WIDTH:
+            raise InvalidRequest(f"n must be in 1..{MAX_BEAM_WIDTH} with use_beam_search", "n")
+        if not -MAX_LENGTH_PENALTY <= self.length_penalty <= MAX_LENGTH_PENALTY:
+            limit = MAX_LENGTH_PENALTY
+            raise InvalidRequest(f"length_penalty must be in -{limit}..{limit}", "length_penalty")
+        if self.structured_outputs is not None or self.response_format not in (
+            None,
+            {"type": "text"},
+        ):
+            raise InvalidRequest("A beam search has no structured output", "use_beam_search")
+
+    @property
     def structured_param(self) -> str:
         """The field that says what the output has to look like."""
         return "structured_outputs" if self.response_format is None else "response_format"
@@ -159,7 +185,7 @@ class SamplingFields(Fields):
         if not 0 <= temperature <= 2:
             raise InvalidRequest("temperature must be in 0..2", "temperature")
         if temperature < _GREEDY_BELOW:
-            if self.n > 1:
+            if self.n > 1 and not self.use_beam_search:
                 raise InvalidRequest("n must be 1 when sampling is greedy (temperature 0)", "n")
             return 0.0
         return max(temperature, _MIN_TEMPERATURE)

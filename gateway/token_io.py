@@ -49,6 +49,10 @@ class GenerateRequest(RequestFields):
     def asks_prompt_logprobs(self) -> bool:
         return self.sampling_params.asks_prompt_logprobs
 
+    @property
+    def beam_length_penalty(self) -> float | None:
+        return self.sampling_params.beam_length_penalty
+
     def shows_special_tokens(self, defaults: SamplingDefaults) -> bool:
         return self.sampling_params.shows_special_tokens(defaults)
 

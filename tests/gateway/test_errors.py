@@ -177,7 +177,6 @@ async def test_bad_completions(
     [
         (COMPLETIONS, "suffix", "x"),
         (COMPLETIONS, "prompt_embeds", "AAAA"),
-        (COMPLETIONS, "use_beam_search", True),
         (COMPLETIONS, "kv_transfer_params", {"do_remote_prefill": True}),
         (CHAT, "chat_template", "{{ messages }}"),
     ],
