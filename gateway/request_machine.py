@@ -54,6 +54,7 @@ from baton.messages import (
 )
 from baton.types import KVTicket, LegId, Request, TokenChunk, WorkerInfo
 
+FORECAST_TRUST = 0.8  # of a prefill's predicted time: late costs a transfer, early costs D memory
 _TIMER_MS = 0.1  # forecasts are not finer, and clocks may wake a little early
 
 
@@ -317,7 +318,7 @@ class RequestMachine:
             else:
                 self._wait(decision, now_ms)
             return
-        left_ms = prefill.left_ms - (now_ms - prefill.as_of_ms)
+        left_ms = FORECAST_TRUST * prefill.left_ms - (now_ms - prefill.as_of_ms)
         early_ms = left_ms - decision.lead_ms
         if not prefill.is_held and early_ms > _TIMER_MS:
             self.wake_at_ms = min(self.wake_at_ms, now_ms + early_ms)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from baton.types import KVLayout, KVRange, LegId
 
-MIN_BYTES = 256 << 10  # of one leg's new KV that are worth a frame; see docs/performance.md
+MIN_BYTES = 512 << 10  # of one leg's new KV that are worth a frame; see docs/performance.md
 
 
 class LayerMarks:

@@ -10,7 +10,7 @@ from baton.errors import BatonError, Cause
 from baton.gateway.backend import PrefillPath
 from baton.gateway.dispatch import DispatchConfig, Dispatcher
 from baton.gateway.legs import Emit, Ended
-from baton.gateway.request_machine import RequestMachine
+from baton.gateway.request_machine import FORECAST_TRUST, RequestMachine
 from baton.grants import GrantKeys
 from baton.messages import (
     Abort,
@@ -187,7 +187,7 @@ def test_binds_when_the_forecast_says_so() -> None:
     p, leg = gateway.submitted()
     gateway.say(p, Admitted(leg, 0, ticket(P1)), Progress(leg, 16, 300.0))
     assert gateway.take() == []
-    gateway.wait(290)
+    gateway.wait(FORECAST_TRUST * 300 - 10)
     assert gateway.take() == []
     gateway.wait(9)
     d, bind = gateway.take_one(Bind)
