@@ -9,8 +9,8 @@ from baton.engine.batch import Batch, SampleRequest, ScheduledRow
 from baton.engine.runner import ModelRunner
 from baton.types import BlockId, SamplingParams
 
-# Sorting the vocabulary for top-p is what takes the most memory of all ways to sample.
-_PARAMS = (SamplingParams(temperature=1.0, top_p=0.9), SamplingParams(temperature=1.0))
+# Sorting the vocabulary takes the most memory of all ways to sample; a top-k that large needs it.
+_PARAMS = (SamplingParams(temperature=1.0, top_k=30_000), SamplingParams(temperature=1.0))
 
 
 def num_warmup_blocks(max_num_batched_tokens: int, max_num_seqs: int, block_size: int) -> int:

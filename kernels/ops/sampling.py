@@ -20,6 +20,7 @@ ACCEPTANCE = 0x43434142  # "BACC": reserved for accepting speculated tokens
 
 GREEDY_BELOW = 1e-5  # a lower temperature is greedy
 MASS_BITS = 30  # probability mass is counted in units of 2**-30 of the likeliest token's
+_NUM_LIKELIEST = 1024  # tokens of a row, among which a draw with cuts is looked for first
 MASK32 = 0xFFFFFFFF
 C1, C2, N1 = 0xCC9E2D51, 0x1B873593, 0xE6546B64
 F1, F2 = 0x85EBCA6B, 0xC2B2AE35
@@ -174,7 +175,23 @@ def gumbel_argmax_torch(logits: Tensor, temperatures: Tensor, keys: Tensor) -> T
 
 
 def _draw_truncated(rows: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Sorts whole rows: on a GPU that is cheaper than finding out how much of a row is needed."""
+    """From each row's likeliest tokens; rows whose cuts keep more than these are sorted whole,
+    which takes a GPU many times as long."""
+    num_likeliest = min(_NUM_LIKELIEST, rows.shape[1])
+    winners, is_enough = _draw_likeliest(rows, draws, num_likeliest)
+    if num_likeliest < rows.shape[1]:
+        rest = [index for index, enough in enumerate(is_enough.tolist()) if not enough]
+        if rest:
+            wide = _draw_likeliest(rows[rest], [draws[index] for index in rest], rows.shape[1])
+            winners[rest] = wide[0]
+    return winners
+
+
+def _draw_likeliest(
+    rows: Tensor, draws: Sequence[Draw], num_likeliest: int
+) -> tuple[Tensor, Tensor]:
+    """(token ids drawn from the `num_likeliest` first tokens of each row, whether the row's cuts
+    keep no others)."""
     device, vocab_size = rows.device, rows.shape[1]
 
     def column(values: list[float], dtype: torch.dtype) -> Tensor:
@@ -182,19 +199,29 @@ def _draw_truncated(rows: Tensor, draws: Sequence[Draw]) -> Tensor:
 
     top = rows.amax(-1, keepdim=True)
     temperatures = column([d.temperature for d in draws], torch.float32)
-    packed = pack(rows, torch.arange(vocab_size, device=device)).sort(-1, descending=True).values
+    packed = pack(rows, torch.arange(vocab_size, device=device)).topk(num_likeliest).values
     token_ids = unpack_ids(packed)
     scaled = rows.gather(-1, token_ids) / temperatures
     depth = scaled - top / temperatures
-    mass = (depth.exp() * float(2**MASS_BITS)).long()
-    place = torch.arange(vocab_size, device=device)
-    kept = place < column([d.top_k or vocab_size for d in draws], torch.int64)
-    mass = mass.where(kept, 0)
-    ahead = mass.cumsum(-1) - mass
+    top_k = column([d.top_k or vocab_size for d in draws], torch.int64)
+    kept = torch.arange(num_likeliest, device=device) < top_k
+    mass = _mass(depth).where(kept, 0)
+    # Sums of integers, so that it does not matter in which order.
+    whole = _mass(rows / temperatures - top / temperatures).sum(-1, keepdim=True)
+    total = torch.where(top_k < vocab_size, mass.sum(-1, keepdim=True), whole)
     top_p = column([d.top_p for d in draws], torch.float64)
-    kept &= (ahead < top_p * mass.sum(-1, keepdim=True)) | (top_p == 1)
-    kept &= depth >= column([d.min_p for d in draws], torch.float64).log().float()
+    ahead = mass.cumsum(-1)
+    kept &= (ahead - mass < top_p * total) | (top_p == 1)
+    least = column([d.min_p for d in draws], torch.float64).log().float()
+    kept &= depth >= least
+    is_last = (ahead[:, -1:] >= top_p * total) & (top_p < 1) | (depth[:, -1:] < least)
+    is_enough = (top_k <= num_likeliest) | (is_last & (top_k >= vocab_size))
     noise = gumbel(token_hash(column([d.key for d in draws], torch.int64), token_ids))
     scores = (scaled + noise).where(kept, -torch.inf)
     winners = unpack_ids(pack(scores, token_ids).amax(-1))
-    return torch.where(top[:, 0].isfinite(), winners, -1)
+    return torch.where(top[:, 0].isfinite(), winners, -1), is_enough[:, 0]
+
+
+def _mass(depth: Tensor) -> Tensor:
+    """Probability in units of 2**-MASS_BITS of the likeliest token's, int64."""
+    return (depth.exp() * float(2**MASS_BITS)).long()

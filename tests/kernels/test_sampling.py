@@ -180,3 +180,31 @@ def test_logprobs(spread: float, logprobs) -> None:
         order = np.lexsort((np.arange(6000), -logits[want.row].numpy()))[: want.num_top]
         assert [i for i, _ in got.top] == order.tolist()
         assert [p for _, p in got.top] == pytest.approx(row[order.tolist()].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("num_likeliest", [1, 8, 64])
+@pytest.mark.parametrize("seed", range(10))
+def test_few_likeliest_tokens_are_enough_or_known_not_to_be(
+    seed: int, num_likeliest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, draws = random_case(random.Random(seed))
+    expected = draw_tokens_torch(logits, draws)
+    monkeypatch.setattr(sampling, "_NUM_LIKELIEST", num_likeliest)
+    assert draw_tokens_torch(logits, draws) == expected
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_usual_cuts_need_no_sort(cut: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = []
+    likeliest = sampling._draw_likeliest
+
+    def watched(rows: torch.Tensor, draws: list[Draw], width: int) -> object:
+        widths.append(width)
+        return likeliest(rows, draws, width)
+
+    monkeypatch.setattr(sampling, "_draw_likeliest", watched)
+    logits = torch.randn(2, 20_000, generator=torch.Generator().manual_seed(0)) * 5
+    draw_tokens_torch(logits, [Draw(0, 1, **cut), Draw(1, 2, **cut)])  # type: ignore[arg-type]
+    assert widths == [1024]
+    draw_tokens_torch(logits * 0, [Draw(0, 1, top_p=0.9), Draw(1, 2, **cut)])  # type: ignore[arg-type]
+    assert widths[1:] == [1024, 20_000]
