@@ -269,6 +269,9 @@ class LogSettings(_Section):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Level.")
     log_format: Literal["text", "json"] = Field("text", description="Lines for people or machines.")
     print_config: bool = Field(True, description="Print the resolved settings at start.")
+    otlp_traces_endpoint: str | None = Field(
+        None, description="OTLP collector (gRPC) for spans, http://host:4317; needs baton[otel]."
+    )
 
 
 class FleetSettings(_Section):

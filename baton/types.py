@@ -71,6 +71,7 @@ class Request:
     salt: bytes = b""  # tenant ‖ cache_salt ‖ adapter, length-prefixed; roots the prefix hashes
     priority: int = 0  # lower runs first
     deadline_ms: int | None = None  # what is left when sent; a duration, never a time of day
+    traceparent: str = ""  # W3C; "" = not traced
 
     def committed(self, choice: int) -> tuple[int, ...]:
         return self.output_token_ids[choice] if self.output_token_ids else ()

@@ -10,6 +10,7 @@ MAX_ID_LEN = 256  # request and worker ids
 MAX_ADDRESS_LEN = 512
 MAX_DETAIL_LEN = 1024
 MAX_SALT_BYTES = 64 << 10
+MAX_TRACEPARENT_LEN = 64
 MAX_ITEMS = 64  # KV groups, transports, capabilities, EOS ids
 DIGEST_BYTES = 32
 RANDOM_ID_BYTES = 16  # incarnations, transfer ids

@@ -30,6 +30,7 @@ from baton.wire_checks import (
     MAX_ITEMS,
     MAX_SALT_BYTES,
     MAX_TOKENS,
+    MAX_TRACEPARENT_LEN,
     RANDOM_ID_BYTES,
     check_len,
     exactly,
@@ -67,6 +68,7 @@ def request_to_pb(request: Request) -> pb.Request:
         salt=request.salt,
         priority=request.priority,
         deadline_ms=request.deadline_ms,
+        traceparent=request.traceparent,
     )
     if any(request.output_token_ids) or request.finished_choices:
         for choice in range(request.sampling.n):
@@ -79,6 +81,7 @@ def request_to_pb(request: Request) -> pb.Request:
 def request_from_pb(message: pb.Request, request_id: str) -> Request:
     check_len(message.prompt_token_ids, MAX_TOKENS, "prompt_token_ids")
     check_len(message.salt, MAX_SALT_BYTES, "salt")
+    check_len(message.traceparent, MAX_TRACEPARENT_LEN, "traceparent")
     sampling = sampling_from_pb(message.sampling)
     if len(message.committed) not in (0, sampling.n):
         raise refuse(f"committed has {len(message.committed)} entries for {sampling.n} choices")
@@ -94,6 +97,7 @@ def request_from_pb(message: pb.Request, request_id: str) -> Request:
         salt=message.salt,
         priority=message.priority,
         deadline_ms=message.deadline_ms if message.HasField("deadline_ms") else None,
+        traceparent=message.traceparent,
     )
 
 

@@ -9,6 +9,7 @@ from baton.errors import BatonError, Cause
 from baton.gateway.backend import PrefillPath, RequestReport
 from baton.gateway.choice import Delta
 from baton.telemetry import PHASES, GatewayMetrics
+from baton.tracing import Span
 from baton.types import SamplingParams, TransferStats
 from baton.vllm_metrics import ChoiceSpan, RequestSpan
 
@@ -43,8 +44,10 @@ class RequestRecord:
         sampling: SamplingParams,
         response_id: str,
         request_id: str,
+        span: Span | None = None,
     ) -> None:
         self.outcome = CANCELLED
+        self._span = span
         self._metrics = metrics
         self._endpoint = endpoint
         self._model = model
@@ -58,6 +61,11 @@ class RequestRecord:
         self._phases_ms: dict[str, float] = {}
         self._closed = False
         metrics.requests_open.inc()
+
+    @property
+    def traceparent(self) -> str:
+        """For workers; "" when the request is not traced."""
+        return "" if self._span is None else self._span.traceparent
 
     @property
     def has_token(self) -> bool:
@@ -113,11 +121,22 @@ class RequestRecord:
         metrics.requests_open.dec()
         metrics.requests.labels(self._endpoint, self.outcome).inc()
         metrics.e2e_s.observe(time.monotonic() - self._started_s)
+        self._end_span()
         metrics.generation_tokens.inc(self._num_output_tokens)
         for report in reports:
             self._count(report)
         self._tell_vllm(reports)
         log.info("%s", self._line(reports))
+
+    def _end_span(self) -> None:
+        if self._span is not None:
+            self._span.set(
+                outcome=self.outcome,
+                prompt_tokens=self._num_prompt_tokens,
+                output_tokens=self._num_output_tokens,
+                **{f"{name}_ms": ms for name, ms in self._phases_ms.items()},
+            )
+            self._span.end("" if self.outcome in (OK, CANCELLED) else self.outcome)
 
     @property
     def _num_output_tokens(self) -> int:

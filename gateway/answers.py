@@ -66,7 +66,13 @@ def start(
         wants_output=body.wants_output,
     )
     record = RequestRecord(
-        context.metrics, endpoint, model.name, sampling, job.id, request.state.request_id
+        context.metrics,
+        endpoint,
+        model.name,
+        sampling,
+        job.id,
+        request.state.request_id,
+        context.begin_span(request.headers.get("traceparent"), endpoint),
     )
     return Generation(context, job, record)
 

@@ -10,6 +10,7 @@ from baton.gateway.inflight import InFlight
 from baton.gateway.structured import GrammarChecks
 from baton.telemetry import GatewayMetrics
 from baton.text import TokenizerPool
+from baton.tracing import Span, Tracer, checked_traceparent
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,14 @@ class Context:
     defaults: SamplingDefaults
     inflight: InFlight = field(default_factory=InFlight)
     grammars: GrammarChecks = field(default_factory=GrammarChecks)
+    tracer: Tracer | None = None
+
+    def begin_span(self, traceparent: str | None, endpoint: str) -> Span | None:
+        """Of a request; below the client's own, if its header names one."""
+        if self.tracer is None:
+            return None
+        parent = checked_traceparent(traceparent)
+        return self.tracer.begin("request", parent, endpoint=endpoint)
 
     def find_model(self, name: str | None) -> ServedModel:
         """The model that a request means; without a name, the one that is served.

@@ -205,6 +205,7 @@ class Generation:
             salt=self.job.salt,
             priority=self.job.priority,
             deadline_ms=deadline_ms,
+            traceparent=self.record.traceparent,
         )
 
     def _fit(self, prompt: TokenIds, sampling: SamplingParams) -> SamplingParams:

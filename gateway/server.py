@@ -27,6 +27,7 @@ from baton.gateway.orchestrate import Orchestrator
 from baton.gateway.protocol import http_protocol
 from baton.telemetry import GatewayMetrics
 from baton.text import Tokenizer, TokenizerPool
+from baton.tracing import make_tracer
 from baton.vllm_metrics import VllmMetrics
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ async def serve(
     )
     try:
         orchestrator = Orchestrator(config)
+        tracer = make_tracer(config.otlp_traces_endpoint, "baton-gateway")
     except ValueError as error:
         log.error("%s", error)
         return 2
@@ -96,11 +98,13 @@ async def serve(
         finally:
             await orchestrator.close()
             pool.close()
+            if tracer is not None:
+                await asyncio.to_thread(tracer.close)
 
     registry = CollectorRegistry()
     vllm = VllmMetrics(registry) if config.metrics_compat == "vllm" else None
     metrics = GatewayMetrics(registry, vllm)
-    context = Context(orchestrator, pool, config, metrics, config, defaults)
+    context = Context(orchestrator, pool, config, metrics, config, defaults, tracer=tracer)
     server = Server(
         create_app(context, lifespan),
         config,

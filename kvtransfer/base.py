@@ -44,6 +44,7 @@ class FetchOpen:
     salt_digest: bytes
     consumer: str
     initial_credit: int = 8
+    traceparent: str = ""  # of the request; "" = not traced
 
 
 class Staging(Protocol):

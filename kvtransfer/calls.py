@@ -52,8 +52,13 @@ class Lane(Protocol):
         """Hand one frame over; in order, each once."""
         ...
 
-    async def close(self) -> None:
-        """Nothing is sent any more. Always called, once."""
+    async def close(self, is_complete: bool) -> None:
+        """Nothing is sent any more. Always called, once.
+
+        Args:
+            is_complete: the consumer has verified everything; if not, what carried the frames may
+                be what was wrong.
+        """
         ...
 
 
@@ -166,6 +171,7 @@ async def _serve_call(
     offer: _Offer, fetch: FetchOpen, lane: bytes, context: Any, replies: "_Replies"
 ) -> None:
     opened_lane = None if offer.open_lane is None else await offer.open_lane(lane)
+    is_complete = False
     try:
         by_hash = isinstance(fetch.source, HashChain)
         consumer = _CallConsumer(
@@ -178,11 +184,12 @@ async def _serve_call(
             if not serving.done():
                 listening.result()
             await serving
+            is_complete = True
         finally:
             await settle(serving, listening)
     finally:
         if opened_lane is not None:
-            await uninterrupted(opened_lane.close())
+            await uninterrupted(opened_lane.close(is_complete))
 
 
 class _Replies:

@@ -51,6 +51,7 @@ def fetch_open_to_pb(fetch: FetchOpen, transport: str, lane: bytes) -> pb.FetchO
         consumer=fetch.consumer,
         initial_credit=fetch.initial_credit,
         lane=lane,
+        traceparent=fetch.traceparent,
     )
     if isinstance(fetch.source, HashChain):
         message.chain.CopyFrom(chain_to_pb(fetch.source))
@@ -67,6 +68,7 @@ def fetch_open_from_pb(message: pb.FetchOpen) -> tuple[FetchOpen, str, bytes]:
         BatonError: PROTOCOL; UNSUPPORTED for a source of a later version.
     """
     wire.check_len(message.lane, MAX_LANE_BYTES, "lane")
+    wire.check_len(message.traceparent, wire.MAX_TRACEPARENT_LEN, "traceparent")
     fetch = FetchOpen(
         source=_source_from_pb(message),
         range=wire.range_from_pb(message.range),
@@ -76,6 +78,7 @@ def fetch_open_from_pb(message: pb.FetchOpen) -> tuple[FetchOpen, str, bytes]:
         salt_digest=wire.exactly(message.salt_digest, wire.DIGEST_BYTES, "salt digest"),
         consumer=wire.text(message.consumer, wire.MAX_ID_LEN, "consumer"),
         initial_credit=message.initial_credit,
+        traceparent=message.traceparent,
     )
     return fetch, wire.text(message.transport, wire.MAX_ID_LEN, "transport"), message.lane
 

@@ -151,5 +151,5 @@ class ShmLane:
     async def send(self, frame: Buffers) -> None:
         self._outlet.post(*self._writer.put(frame))
 
-    async def close(self) -> None:
+    async def close(self, is_complete: bool) -> None:
         """The connection stays for the next fetch, unless the consumer hangs up."""

@@ -17,7 +17,7 @@ import torch
 from baton.errors import BatonError, Cause
 from baton.heads import HeadSource, head_sources, heads_of
 from baton.kvtransfer.importer import Importer
-from baton.kvtransfer.memory import KVMemory
+from baton.kvtransfer.memory import KVMemory, heap_buffer
 from baton.kvtransfer.pump import settle
 from baton.types import BlockId, KVLayout, KVRange, TransferStats
 
@@ -54,8 +54,14 @@ class HeadSlice:
     def num_bytes(self, where: KVRange) -> int:
         return self._memory.num_bytes(self._known(where))
 
-    def pack(self, block_ids: Sequence[int], where: KVRange, headroom_bytes: int = 0) -> memoryview:
-        return self._memory.pack(block_ids, self._known(where), headroom_bytes)
+    def pack(
+        self,
+        block_ids: Sequence[int],
+        where: KVRange,
+        headroom_bytes: int = 0,
+        buffer: Callable[[int], memoryview] = heap_buffer,
+    ) -> memoryview:
+        return self._memory.pack(block_ids, self._known(where), headroom_bytes, buffer)
 
     def unpack(self, block_ids: Sequence[int], where: KVRange, payload: memoryview) -> None:
         self._memory.unpack(block_ids, self._known(where), payload)

@@ -117,8 +117,12 @@ class UcxTransport:
                 return endpoint
         return self._worker.connect(address)
 
-    async def give_back(self, address: bytes, endpoint: Endpoint) -> None:
-        """Keep an endpoint for the next fetch, unless something is stuck in it."""
+    async def give_back(self, address: bytes, endpoint: Endpoint, is_complete: bool) -> None:
+        """Keep an endpoint for the next fetch, unless something is stuck in it: what was sent may
+        be in the kernel's buffers and arrive nowhere, so only a complete fetch speaks for it."""
+        if not is_complete:
+            endpoint.close()
+            return
         try:
             async with asyncio.timeout(_FLUSH_S):
                 await endpoint.sent()
@@ -165,8 +169,8 @@ class _Lane:
             raise BatonError(Cause.UNSUPPORTED, f"the consumer takes no {len(message)} bytes")
         self._endpoint.send(message, self._tag)
 
-    async def close(self) -> None:
-        await self._transport.give_back(self._address, self._endpoint)
+    async def close(self, is_complete: bool) -> None:
+        await self._transport.give_back(self._address, self._endpoint, is_complete)
 
 
 async def _watch(call: FetchCall, inbox: Inbox) -> None:

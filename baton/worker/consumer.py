@@ -332,6 +332,7 @@ class ConsumerSide:
             tokens_digest=source.ticket.tokens_digest,  # compared with our own by check_ticket
             salt_digest=salt_digest(request.salt),
             consumer=self._info.worker_id,
+            traceparent=request.traceparent,
         )
         self._outbox.emit(
             FetchKV(start.leg, fetch, source.transports, source.host_id, start.block_ids)

@@ -18,6 +18,7 @@ from baton.kvtransfer.effects import (
     CutAttachment,
 )
 from baton.kvtransfer.exporter import ExportFeed
+from baton.tracing import Span, Tracer
 from baton.types import TokenChunk
 from baton.v1 import kv_pb2
 
@@ -42,6 +43,7 @@ class ExportEvents(Protocol):
 class _Asked:
     answer: asyncio.Future[ExportFeed]
     tokens_digest: bytes
+    traceparent: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ class ExportDesk:
         self._num_keys = 0
         self._asked: dict[int, _Asked] = {}
         self._open: dict[int, _Open] = {}  # by epoch
+        self._spans: dict[int, Span] = {}  # by epoch
+        self.tracer: Tracer | None = None
 
     def __len__(self) -> int:
         return len(self._open)
@@ -81,7 +85,7 @@ class ExportDesk:
         self._num_keys += 1
         key = self._num_keys
         answer: asyncio.Future[ExportFeed] = asyncio.get_running_loop().create_future()
-        self._asked[key] = _Asked(answer, fetch.tokens_digest)
+        self._asked[key] = _Asked(answer, fetch.tokens_digest, fetch.traceparent)
         self._events.attach(key, fetch)
         try:
             return await answer
@@ -99,6 +103,9 @@ class ExportDesk:
         self._events.attachment_done(epoch)
 
     def closed(self, epoch: int) -> None:
+        span = self._spans.pop(epoch, None)
+        if span is not None:
+            span.end()
         if self._open.pop(epoch, None) is not None:
             self._events.attachment_closed(epoch)
 
@@ -108,6 +115,8 @@ class ExportDesk:
         asked = self._asked.pop(grant.key)
         feed = ExportFeed(grant.epoch, grant.block_ids, grant.ready)
         opened = self._open[grant.epoch] = _Open(feed, asked.tokens_digest)
+        if self.tracer is not None and asked.traceparent:
+            self._spans[grant.epoch] = self.tracer.begin("serve_fetch", asked.traceparent)
         if grant.first_tokens is not None:
             opened.end(grant.first_tokens)
         if asked.answer.cancelled():

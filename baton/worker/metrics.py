@@ -10,6 +10,7 @@ from baton.errors import Cause
 from baton.kvtransfer.lease import COUNTS
 from baton.messages import (
     Admitted,
+    GatewayMessage,
     Imported,
     KvFailed,
     PrefixFetched,
@@ -65,6 +66,9 @@ class MetricsObserver:
             elif isinstance(event, LegFailed):
                 metrics.failures.labels(event.cause.name.lower()).inc()
         self._show(output.snapshot)
+
+    def received(self, message: GatewayMessage) -> None:
+        pass
 
     def sent(self, message: WorkerMessage) -> None:
         if not isinstance(message, StepBatch):

@@ -12,13 +12,16 @@ from baton.failpoints import Failpoints
 from baton.grants import GrantKeys
 from baton.kvtransfer.memory import KVMemory
 from baton.rpc import ClusterToken, RpcServer
+from baton.tracing import make_tracer
 from baton.worker.data_plane import DataPlane, make_data_plane
 from baton.worker.engine import FailingRunner, StepWatch
 from baton.worker.identity import advertised_host, describe_worker
 from baton.worker.metrics import MetricsServer
 from baton.worker.policy import WorkerPolicy
 from baton.worker.registration import Registration
+from baton.worker.runtime import Observer
 from baton.worker.service import SERVICES, WorkerService
+from baton.worker.spans import LegSpans
 from baton.worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -49,6 +52,7 @@ class WorkerProcess:
         self._server = server
         self._address = f"{advertised_host(config)}:{port}"
         self._metrics = MetricsServer(config.worker_host, config.metrics_port)
+        self._tracer = make_tracer(config.otlp_traces_endpoint, f"baton-{policy.role}")
         self._plane: DataPlane | None = None
         self._worker: Worker | None = None
         self._service: WorkerService | None = None
@@ -71,7 +75,10 @@ class WorkerProcess:
         self._registration = Registration(config, redis_url, info)
         failing = FailingRunner(runner, self._failpoints) if self._failpoints else runner
         core = EngineCore(engine_config(config, runner, self._policy.role), failing)
-        observers = (self._metrics.observer, self._registration)
+        observers: list[Observer] = [self._metrics.observer, self._registration]
+        self._plane.exports.tracer = self._tracer
+        if self._tracer is not None:
+            observers.append(LegSpans(self._tracer, info.worker_id))
         keys = GrantKeys(config.cluster, token.secrets)
         self._worker = worker = Worker(
             info,
@@ -127,3 +134,5 @@ class WorkerProcess:
             await self._plane.close()
         await self._server.stop(SERVER_GRACE_S)
         self._metrics.close()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)

@@ -6,7 +6,7 @@ from contextlib import suppress
 from baton.config import ClusterSettings
 from baton.engine.events import StepOutput
 from baton.locality import WorkerRegistration, connect
-from baton.messages import WorkerMessage
+from baton.messages import GatewayMessage, WorkerMessage
 from baton.types import BlockHash, WorkerInfo
 
 
@@ -28,6 +28,9 @@ class Registration:
     def stepped(self, output: StepOutput) -> None:
         if output.stored or output.removed:
             self._entry.publish(output.stored, output.removed)
+
+    def received(self, message: GatewayMessage) -> None:
+        pass
 
     def sent(self, message: WorkerMessage) -> None:
         pass

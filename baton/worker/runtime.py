@@ -78,6 +78,8 @@ class Observer(Protocol):
 
     def stepped(self, output: StepOutput) -> None: ...
 
+    def received(self, message: GatewayMessage) -> None: ...
+
     def sent(self, message: WorkerMessage) -> None: ...
 
 
@@ -147,6 +149,8 @@ class WorkerRuntime:
             if not isinstance(message, Heartbeat):
                 self.reject(session, message.leg, error)
             return
+        for observer in self._observers:
+            observer.received(message)
         self._do(lambda: self.machine.receive(session, message, self.now_ms()))
 
     def reject(self, session: SessionId, leg: LegId, error: BatonError) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from baton.engine.commands import Abort, AddLocal, Command
 from baton.engine.events import LegEvent, LegFailed, LegScored, LegTokens, StepOutput
 from baton.errors import BatonError
-from baton.messages import WorkerMessage
+from baton.messages import GatewayMessage, WorkerMessage
 from baton.types import LegId, Logprobs, Request, SamplingParams, WorkerInfo
 from baton.worker.checks import check_request
 
@@ -73,6 +73,9 @@ class ScoreDesk:
             inbox = self._inboxes.get(leg)
             if inbox is not None:
                 inbox.put_nowait(event)
+
+    def received(self, message: GatewayMessage) -> None:
+        pass
 
     def sent(self, message: WorkerMessage) -> None:
         pass

@@ -19,7 +19,7 @@ from baton.grammar_pool import GrammarPool
 from baton.grants import GrantKeys
 from baton.kvtransfer.ticket import TicketKeyring
 from baton.latency import LatencyModel
-from baton.messages import WorkerMessage
+from baton.messages import GatewayMessage, WorkerMessage
 from baton.types import Request, WorkerInfo
 from baton.worker.data_plane import DataPlane
 from baton.worker.fetches import FetchDesk
@@ -143,6 +143,9 @@ class _Learner:
     def stepped(self, output: StepOutput) -> None:
         if output.timing is not None:
             self._model.observe(output.timing)
+
+    def received(self, message: GatewayMessage) -> None:
+        pass
 
     def sent(self, message: WorkerMessage) -> None:
         pass

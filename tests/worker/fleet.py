@@ -63,6 +63,9 @@ class Recorder:
             self.num_prefill_tokens += output.timing.num_prefill_tokens
         self.num_preempted += sum(isinstance(event, LegPreempted) for event in output.events)
 
+    def received(self, message: GatewayMessage) -> None:
+        pass
+
     def sent(self, message: WorkerMessage) -> None:
         pass
 

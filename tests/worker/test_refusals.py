@@ -46,6 +46,7 @@ from baton.worker.data_plane import make_data_plane
 from baton.worker.policy import WorkerPolicy
 from baton.worker.service import SERVICES, WorkerService
 from baton.worker.worker import Worker
+from tests.worker.fleet import GRANT_KEYS
 
 TOKEN, OLD_TOKEN = ClusterToken(("new", "old")), ClusterToken(("old",))
 STRANGERS = {"no token": ClusterToken(), "a wrong token": ClusterToken(("wrong",))}
@@ -99,7 +100,8 @@ async def serve(transports: tuple[str, ...], incarnation: bytes = b"i" * 16) -> 
         eos_token_ids=(),
     )
     core = EngineCore(config, NullRunner(NUM_BLOCKS, 16, MODEL))
-    worker = Worker(info, WorkerPolicy(session_timeout_ms=10**9), core, plane)
+    policy = WorkerPolicy(session_timeout_ms=10**9)
+    worker = Worker(info, policy, core, plane, GRANT_KEYS)
     service = WorkerService(worker.runtime, lambda: (0, []))
     service.add_to(server.grpc)
     worker.start()
@@ -134,7 +136,7 @@ class Scene:
 
     def fetch_open(self, **changes: Any) -> FetchOpen:
         fetch = FetchOpen(
-            ticket=self.ticket,
+            source=self.ticket,
             range=KVRange(0, 1, 0, NUM_TOKENS),
             layout=LAYOUT,
             fingerprint=b"f" * 32,
@@ -209,7 +211,7 @@ WRONG_CLAIMS: dict[str, tuple[dict[str, Any], Cause]] = {
 async def test_wrong_tickets_are_refused_and_the_right_one_is_not(scene: Scene) -> None:
     for name, (change, cause) in WRONG_TICKETS.items():
         with pytest.raises(BatonError) as caught:
-            await scene.fetch(scene.fetch_open(ticket=change(scene.ticket)))
+            await scene.fetch(scene.fetch_open(source=change(scene.ticket)))
         assert caught.value.cause is cause, name
     assert await scene.fetch(scene.fetch_open()) > 0
     assert await scene.fetch(scene.fetch_open()) > 0, "a ticket may be presented again"
@@ -235,7 +237,7 @@ async def test_tickets_of_two_keys_are_valid_and_of_a_third_are_not(scene: Scene
     keyring: TicketKeyring = scene.p.worker.runtime.machine.producer._keyring
     keyring.rotate(b"2" * 32)
     assert await scene.fetch(scene.fetch_open()) > 0
-    assert await scene.fetch(scene.fetch_open(ticket=keyring.mint(scene.ticket))) > 0
+    assert await scene.fetch(scene.fetch_open(source=keyring.mint(scene.ticket))) > 0
     keyring.rotate(b"3" * 32)
     with pytest.raises(BatonError) as caught:
         await scene.fetch(scene.fetch_open())
