@@ -24,6 +24,7 @@ from baton.messages import (
     StepBatch,
 )
 from baton.rpc import ClusterToken, RpcServer
+from baton.session_wire import serve_sessions
 from baton.types import (
     FinishReason,
     KVGroup,
@@ -36,13 +37,13 @@ from baton.types import (
     WorkerInfo,
     WorkerSnapshot,
 )
-from baton.v1 import kv_pb2, kv_pb2_grpc, worker_pb2_grpc
+from baton.v1 import kv_pb2, kv_pb2_grpc
 from baton.wire import gateway_message_from_pb, worker_message_to_pb
 
 NUM_BLOCKS = 1 << 20
 
 
-class NullWorker(worker_pb2_grpc.WorkerServicer, kv_pb2_grpc.KVServicer):
+class NullWorker(kv_pb2_grpc.KVServicer):
     """`token_ids`: what every answer consists of, over and over."""
 
     def __init__(self, info: WorkerInfo, token_ids: Sequence[int]) -> None:
@@ -53,7 +54,7 @@ class NullWorker(worker_pb2_grpc.WorkerServicer, kv_pb2_grpc.KVServicer):
         self._beats: list[int] = []
         self._changed = asyncio.Event()
 
-    async def Session(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+    async def session(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         reader = asyncio.create_task(self._read(requests))
         try:
             yield worker_message_to_pb(Hello(self._info))
@@ -133,10 +134,7 @@ async def serve(redis_url: str, token_ids: Sequence[int], vocab_size: int) -> No
     port = server.bind("127.0.0.1", 0)
     info = null_info(f"127.0.0.1:{port}", vocab_size)
     worker = NullWorker(info, token_ids)
-    for add in (
-        worker_pb2_grpc.add_WorkerServicer_to_server,
-        kv_pb2_grpc.add_KVServicer_to_server,
-    ):
-        add(worker, server.grpc)
+    serve_sessions(server.grpc, worker.session)
+    kv_pb2_grpc.add_KVServicer_to_server(worker, server.grpc)
     await server.start()
     await WorkerRegistration(connect(redis_url), "default", (), info).run()

@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 import baton
 from baton.errors import BatonError, Cause
 from baton.gateway import (
+    anthropic,
     chat,
     cluster,
     completions,
@@ -56,6 +57,7 @@ def create_app(context: Context, lifespan: Lifespan = _nothing) -> FastAPI:
     route_class = json_route(context.limits, _refusal_counter(context))
     app.include_router(completions.completions_router(context, route_class))
     app.include_router(chat.chat_router(context, route_class))
+    app.include_router(anthropic.messages_router(context, route_class))
     app.include_router(invocations.invocations_router(context, route_class))
     app.include_router(tokenization.tokenization_router(context, route_class))
     app.include_router(token_io.token_io_router(context, route_class))

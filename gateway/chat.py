@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 
+from baton.config import GatewaySettings
 from baton.gateway.answers import (
     FINGERPRINT,
     NO_CHOICE_EXTRAS,
@@ -53,7 +54,11 @@ def answer(
 
 
 def begin(
-    context: Context, body: ChatCompletionRequest, request: Request, endpoint: str
+    context: Context,
+    body: ChatCompletionRequest,
+    request: Request,
+    endpoint: str,
+    id_prefix: str = "chatcmpl",
 ) -> Generation:
     """
     Raises:
@@ -73,10 +78,22 @@ def begin(
         request,
         body,
         endpoint=endpoint,
-        id_prefix="chatcmpl",
+        id_prefix=id_prefix,
         prompt_param="messages",
         encode=encode,
     )
+
+
+def choice_message(
+    settings: GatewaySettings, body: ChatCompletionRequest, generation: Generation, index: int
+) -> ChoiceMessage:
+    """For a choice whose first token is here: its prompt is known, and how that ends matters."""
+    reasoning = None
+    if settings.reasoning_parser is not None and generation.prompts:
+        prompt = generation.prompt_of(index).text or ""
+        reasoning = partial(REASONING_PARSERS[settings.reasoning_parser], prompt)
+    parser = settings.tool_call_parser if settings.enable_auto_tool_choice else None
+    return ChoiceMessage(MessageStyle.of(body, parser, reasoning))
 
 
 class ChatShape:
@@ -123,16 +140,9 @@ class ChatShape:
         return chunks
 
     def _message(self, index: int) -> ChoiceMessage:
-        """Of the choice with this index; the prompt is known by then, and how it ends matters."""
         message = self._messages.get(index)
         if message is None:
-            name, reasoning = self._settings.reasoning_parser, None
-            if name is not None:
-                prompt = self._generation.prompts[0].text or ""
-                reasoning = partial(REASONING_PARSERS[name], prompt)
-            parser = self._settings.tool_call_parser
-            auto = parser if self._settings.enable_auto_tool_choice else None
-            message = ChoiceMessage(MessageStyle.of(self._body, auto, reasoning))
+            message = choice_message(self._settings, self._body, self._generation, index)
             self._messages[index] = message
         return message
 
@@ -171,13 +181,14 @@ class ChatShape:
             choice["token_ids"] = list(delta.token_ids)
         return choice
 
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        return {
+    def last_chunks(self, usage: Usage) -> Sequence[dict[str, Any]]:
+        chunk = {
             **self._chunk,
             "choices": [],
             "usage": self._usage_body(usage),
             "system_fingerprint": FINGERPRINT,
         }
+        return (chunk,)
 
     def answer(self, choices: Sequence[Sequence[Delta]], usage: Usage) -> dict[str, Any]:
         return {

@@ -106,13 +106,14 @@ class CompletionShape:
             chunk["usage"] = usage_body(usage)
         return (chunk,)
 
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        return {
+    def last_chunks(self, usage: Usage) -> Sequence[dict[str, Any]]:
+        chunk = {
             **self._envelope,
             "choices": [],
             "usage": usage_body(usage),
             "system_fingerprint": FINGERPRINT,
         }
+        return (chunk,)
 
     def answer(self, choices: Sequence[Sequence[Delta]], usage: Usage) -> dict[str, Any]:
         return {

@@ -50,6 +50,12 @@ class Keys:
         return any(matches) and scheme.lower() == "bearer"
 
 
+def _authorization(headers: Headers) -> str | None:
+    """OpenAI's way to send a key, or Anthropic's."""
+    key = headers.get("x-api-key")
+    return headers.get("authorization") or (None if key is None else f"Bearer {key}")
+
+
 class Guard:
     """The ASGI layer. Sets `scope["state"]["request_id"]`, for logs and headers only."""
 
@@ -103,7 +109,7 @@ class Guard:
         chunked = "transfer-encoding" in headers
         if len(lengths) > 1 or (lengths and chunked):
             raise HTTPException(400, "Content-Length and Transfer-Encoding contradict each other.")
-        if scope["path"] not in OPEN_PATHS and not self._keys.accept(headers.get("authorization")):
+        if scope["path"] not in OPEN_PATHS and not self._keys.accept(_authorization(headers)):
             raise BatonError(Cause.UNAUTHENTICATED, "Missing or incorrect API key.")
         declared = int(lengths[0]) if lengths and lengths[0].isdecimal() else 0
         if declared > limits.max_body_bytes:

@@ -41,9 +41,10 @@ _WRITES_PER_TURN = 32  # a stream with many tokens waiting lets the others in be
 class Streaming:
     """How an answer is to be streamed."""
 
-    include_usage: bool = False  # in a last chunk of its own
+    include_usage: bool = False  # in last chunks of their own
     continuous_usage: bool = False  # in every chunk
     interval: int = 1  # tokens in one chunk, at least; the first of a choice goes at once
+    named_events: bool = False  # each named after its "type", and no [DONE] behind the last
 
 
 class Shape(Protocol):
@@ -53,7 +54,9 @@ class Shape(Protocol):
         """The events of one delta; `usage` if every event shall carry it."""
         ...
 
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]: ...
+    def last_chunks(self, usage: Usage) -> Sequence[dict[str, Any]]:
+        """What follows the last delta."""
+        ...
 
     def answer(self, choices: Sequence[Sequence[Delta]], usage: Usage) -> dict[str, Any]:
         """The body of an answer that is not streamed; `choices` in order of their index."""
@@ -70,8 +73,9 @@ class EventWriter:
     Two tasks write: the stream and its keep-alive; the lock keeps their messages whole.
     """
 
-    def __init__(self, send: Send, limits: LimitSettings) -> None:
+    def __init__(self, send: Send, limits: LimitSettings, *, named: bool = False) -> None:
         self.started = False
+        self._named = named
         self._send = send
         self._lock = asyncio.Lock()
         self._limits = limits
@@ -79,7 +83,8 @@ class EventWriter:
         self._num_writes = 0
 
     async def json(self, value: dict[str, Any]) -> None:
-        await self.write(b"data: %b\n\n" % to_json(value))
+        name = b"event: %b\n" % value["type"].encode() if self._named else b""
+        await self.write(b"%bdata: %b\n\n" % (name, to_json(value)))
 
     async def write(self, data: bytes) -> None:
         """
@@ -175,7 +180,7 @@ class GenerationResponse(Response):
         await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _send_events(self, how: Streaming, scope: Scope, send: Send) -> None:
-        writer = EventWriter(send, self._limits)
+        writer = EventWriter(send, self._limits, named=how.named_events)
         keep_alive = asyncio.create_task(writer.keep_alive())
         try:
             await self._write_deltas(how, writer)
@@ -185,17 +190,20 @@ class GenerationResponse(Response):
         except Exception as error:
             if not writer.started:
                 raise
-            await self._write_error(writer, error, scope["state"]["request_id"])
+            await self._write_error(how, writer, error, scope["state"]["request_id"])
         finally:
             keep_alive.cancel()
             await asyncio.gather(keep_alive, return_exceptions=True)
 
-    async def _write_error(self, writer: EventWriter, error: Exception, request_id: str) -> None:
+    async def _write_error(
+        self, how: Streaming, writer: EventWriter, error: Exception, request_id: str
+    ) -> None:
         self._generation.record.outcome = outcome_of(error)
         if not isinstance(error, BatonError):
             log.error("%s failed", self._generation.job.id, exc_info=error)
         try:
-            await writer.json(api_error(error, request_id).body())
+            kind = {"type": "error"} if how.named_events else {}
+            await writer.json({**kind, **api_error(error, request_id).body()})
             await writer.end()
         except ClientStalled:
             log.info("%s: the client stopped reading", self._generation.job.id)
@@ -211,9 +219,10 @@ class GenerationResponse(Response):
                     generation.first_byte()
         if generation.aborted:
             return
-        if how.include_usage:
-            await writer.json(self._shape.usage_chunk(generation.usage()))
-        await writer.end(_DONE)
+        if how.include_usage or how.named_events:
+            for chunk in self._shape.last_chunks(generation.usage()):
+                await writer.json(chunk)
+        await writer.end(b"" if how.named_events else _DONE)
         generation.record.outcome = OK
 
 

@@ -141,8 +141,8 @@ class TokenShape:
             chunk["usage"] = usage_body(usage)
         return (chunk,)
 
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        return {"request_id": self._request_id, "choices": [], "usage": usage_body(usage)}
+    def last_chunks(self, usage: Usage) -> Sequence[dict[str, Any]]:
+        return ({"request_id": self._request_id, "choices": [], "usage": usage_body(usage)},)
 
     def answer(self, choices: Sequence[Sequence[Delta]], usage: Usage) -> dict[str, Any]:
         return {
