@@ -19,6 +19,7 @@ Words = npt.NDArray[np.uint32]
 
 MAX_NOISE = 17.33  # of gumbel(2**32 - 1), rounded up
 _FIRST_LOOK = 256  # ids whose mass is looked at before a whole row is sorted into buckets
+_WIDE_MASS = 4 * _FIRST_LOOK << MASS_BITS  # more than the likeliest few can have
 _NUM_BUCKETS = 4096
 _BUCKETS_PER_NAT = 64
 
@@ -36,10 +37,33 @@ def _draw(row: Floats, draw: Draw) -> int:
     if draw.is_greedy:
         return best
     words = _vocabulary_words(len(row))
-    ids = _survivors(row, row[best], draw)
+    if 0 < draw.top_p < 1 and draw.top_k <= 0 and draw.min_p <= 0:
+        return _draw_from_nucleus(row, words, row[best], draw)
+    return _pick_among(_survivors(row, row[best], draw), row, words, draw)
+
+
+def _pick_among(ids: Ids | None, row: Floats, words: Words, draw: Draw) -> int:
+    """`ids` ascending; None = all."""
     if ids is None:
         return _pick(row, words, draw)
     return int(ids[_pick(row[ids], words[ids], draw)])
+
+
+def _draw_from_nucleus(row: Floats, words: Words, top: np.float32, draw: Draw) -> int:
+    """A wide nucleus has most of the probability, so the winner among all ids is usually in it, and
+    then wins there too; its end need not be found. If it is not, nothing behind it is either."""
+    mass, need = _mass_and_need(row, top, draw)
+    ids = None
+    if need < _WIDE_MASS:
+        ids = _narrow_nucleus(row, mass, need)
+        if ids is not None:
+            return _pick_among(ids, row, words, draw)
+    while True:
+        winner = _pick_among(ids, row, words, draw)
+        if _mass_ahead(row, mass, winner) < need:
+            return winner
+        ids = _ids_to(row, winner)
+        ids = ids[ids != winner]
 
 
 # ── noise ────────────────────────────────────────────────────────────────────────────────────────
@@ -187,12 +211,39 @@ def in_order(row: Floats, ids: Ids) -> Ids:
 
 
 def _nucleus(row: Floats, top: np.float32, draw: Draw) -> Ids:
+    mass, need = _mass_and_need(row, top, draw)
+    ids = _narrow_nucleus(row, mass, need)
+    return _wide_nucleus(row, top, mass, need) if ids is None else ids
+
+
+def _mass_and_need(row: Floats, top: np.float32, draw: Draw) -> tuple[npt.NDArray[np.int32], float]:
+    """Of every id, and what those of a nucleus make together, at least."""
     mass = _mass(row, top, draw)
-    need = draw.top_p * float(mass.sum(dtype=np.int64))
+    return mass, draw.top_p * float(mass.sum(dtype=np.int64))
+
+
+def _mass_ahead(row: Floats, mass: npt.NDArray[np.int32], token_id: int) -> float:
+    """Of the ids before this one, in order: in the nucleus if that is less than its need."""
+    logit = row[token_id]
+    larger = mass * (row > logit)
+    num_equal = np.count_nonzero(row[:token_id] == logit)
+    return float(int(larger.sum(dtype=np.int64)) + num_equal * int(mass[token_id]))
+
+
+def _narrow_nucleus(row: Floats, mass: npt.NDArray[np.int32], need: float) -> Ids | None:
+    """None: it is too wide to be found among the likeliest."""
     ids = in_order(row, likeliest(row, _FIRST_LOOK)[0])
     if float(mass[ids].sum(dtype=np.int64)) >= need or len(ids) == len(row):
         return np.sort(ids[: _prefix(mass[ids], need)])
-    last = _last_of_flat_nucleus(row, top, mass, need)
+    return None
+
+
+def _wide_nucleus(row: Floats, top: np.float32, mass: npt.NDArray[np.int32], need: float) -> Ids:
+    return _ids_to(row, _last_of_flat_nucleus(row, top, mass, need))
+
+
+def _ids_to(row: Floats, last: int) -> Ids:
+    """Ids, ascending, that come before `last` in order, and `last` itself."""
     kept = row > row[last]
     kept[: last + 1] |= row[: last + 1] == row[last]
     return np.flatnonzero(kept)
