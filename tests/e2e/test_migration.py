@@ -12,6 +12,7 @@ import pytest
 from baton import SamplingParams
 
 NUM_TOKENS = 100
+COMMON = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "top_p": 1.0, "top_k": 0}
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0.0, "seed": 1},
     {"temperature": 0.8, "seed": 2, "frequency_penalty": 0.5, "top_p": 0.9},
@@ -46,8 +47,7 @@ def stream_all(fleet, when_all_run: Callable[[], None]) -> list[Any]:
                 waited.append(True)
                 on_their_way.wait(60)
 
-        body = {"prompt": prompt(index), "max_tokens": NUM_TOKENS, "ignore_eos": True}
-        return fleet.complete({**body, **KINDS[index]}, on_token)
+        return fleet.complete({"prompt": prompt(index), **COMMON, **KINDS[index]}, on_token)
 
     with ThreadPoolExecutor(len(KINDS)) as pool:
         streams = [pool.submit(stream, index) for index in range(len(KINDS))]
@@ -78,7 +78,7 @@ def test_streams_move_away_from_a_decode_worker_that_ends(fleet, oracle) -> None
     results = stream_all(fleet, end)
     for index, result in enumerate(results):
         assert result.error is None
-        sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, **KINDS[index])
+        sampling = SamplingParams(**{**COMMON, **KINDS[index]})
         assert result.token_ids == oracle(prompt(index), sampling), KINDS[index]
         assert result.longest_silence_s < MAX_SILENCE_S
     assert codes == [0]
@@ -112,7 +112,7 @@ def test_a_prefill_worker_ends_while_its_requests_decode(fleet, oracle) -> None:
 
     for index, result in enumerate(stream_all(fleet, end)):
         assert result.error is None
-        sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, **KINDS[index])
+        sampling = SamplingParams(**{**COMMON, **KINDS[index]})
         assert result.token_ids == oracle(prompt(index), sampling)
     assert codes == [0]
     fleet.assert_no_leak()

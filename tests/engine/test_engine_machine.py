@@ -20,12 +20,14 @@ from baton.engine.commands import (
     AddDecode,
     AddLocal,
     AddPrefill,
+    Advance,
     ComputeHere,
     KVFailed,
     Pin,
     Quiesced,
     Release,
     Retain,
+    Share,
 )
 from baton.engine.events import (
     KVReserved,
@@ -93,6 +95,7 @@ class Leg:
     num_written: int = 0  # decode: by the transfer
     state: str = "added"  # prefill: held, retained, pinning; decode: reserved, failed, running
     aborted: set[int] = field(default_factory=set)
+    is_shared: bool = False
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -233,7 +236,7 @@ class EngineMachine(RuleBasedStateMachine):
         return [item for item in self.legs.items() if item[1].state == state]
 
     def check_readable(self, leg: Leg) -> None:
-        want = self.driver.model.chain(None, leg.request.prompt_token_ids)[: leg.num_ready]
+        want = self.driver.model.chain(None, leg.request.shared_token_ids)[: leg.num_ready]
         assert self.driver.runner.export_kv(leg.block_ids, 0, leg.num_ready) == want
 
     @invariant()
@@ -286,7 +289,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def retain(self, data: st.DataObject) -> None:
         leg, view = data.draw(st.sampled_from(self.among("held")))
-        if view.num_ready == len(view.request.prompt_token_ids):
+        if view.is_shared or view.num_ready == len(view.request.prompt_token_ids):
             view.state = "retained"
             self.driver.apply(Retain(leg))
 
@@ -296,6 +299,46 @@ class EngineMachine(RuleBasedStateMachine):
         leg, view = data.draw(st.sampled_from(self.among("retained")))
         view.state = "pinning"
         self.driver.apply(Pin(leg))
+
+    # ── running legs that move ───────────────────────────────────────────────────────────────────
+
+    def with_output(self, leg: LegId, view: Leg, num: int, at_most: bool) -> Request:
+        """The request with `num` tokens of each open choice committed: `at_most` those that it has
+        said, or (False) at least, and not the last one."""
+        outputs = []
+        for choice in range(view.request.sampling.n):
+            said = len(view.request.committed(choice)) + len(self.driver.tokens[leg, choice])
+            expected = self.driver.expected(view.request, choice)
+            count = min(num, said) if at_most else max(min(num, len(expected) - 1), said)
+            outputs.append(expected[:count])
+        return replace(view.request, output_token_ids=tuple(outputs))
+
+    @precondition(lambda self: self.among("running"))
+    @rule(data=st.data(), num=st.integers(0, 14))
+    def share(self, data: st.DataObject, num: int) -> None:
+        source, view = data.draw(st.sampled_from(self.among("running")))
+        request = self.with_output(source, view, num, at_most=True)
+        leg = leg_id(f"r{self.num_added}")
+        self.num_added += 1
+        self.legs[leg] = Leg(request, "prefill", is_shared=True)
+        self.driver.apply(Share(leg, request, source))
+
+    @precondition(lambda self: self.among("running"))
+    @rule(data=st.data(), num=st.integers(1, 14))
+    def advance(self, data: st.DataObject, num: int) -> None:
+        driver = self.driver
+        leg, view = data.draw(st.sampled_from(self.among("running")))
+        if driver.core.has_work:
+            self.step(1)  # what it has said is known
+        if leg not in self.legs:
+            return
+        request = self.with_output(leg, view, num, at_most=False)
+        driver.apply(Advance(leg, request.output_token_ids))
+        for choice in range(request.sampling.n):
+            if choice not in view.aborted and (leg, choice) not in driver.finished:
+                done = len(view.request.committed(choice))
+                driver.first.setdefault((leg, choice), done)
+                driver.tokens[leg, choice][:] = request.committed(choice)[done:]
 
     # ── the end of a leg ─────────────────────────────────────────────────────────────────────────
 
