@@ -90,8 +90,8 @@ class MessageShape:
             part = {"type": "input_json_delta", "partial_json": function["arguments"]}
             return [self._delta(part)]
         self._has_calls = True
-        block = {"type": "tool_use", "id": call["id"], "name": function["name"], "input": {}}
-        return [*self._close(), self._open(block)]
+        names = {"id": call["id"], "name": function["name"]}
+        return [*self._close(), self._open({"type": "tool_use", **names, "input": {}})]
 
     def _grow(self, block: dict[str, Any], delta: dict[str, Any]) -> list[dict[str, Any]]:
         """Add to a block of that type; open one if another is open, or none."""
