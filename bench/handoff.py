@@ -90,6 +90,7 @@ async def fleet(
         ServeConfig(
             model=str(folder),
             load_format="dummy",
+            served_model_name="bench",
             port=0,
             threads=1,
             prefill_workers=num_prefill,
