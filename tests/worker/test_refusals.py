@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from baton import wire
+from baton.config import WorkerConfig
 from baton.engine.config import EngineConfig
 from baton.engine.core import EngineCore
 from baton.engine.null_runner import NullModel, NullRunner
@@ -42,6 +43,7 @@ from baton.types import (
     WorkerInfo,
 )
 from baton.v1 import kv_pb2, kv_pb2_grpc
+from baton.worker import main
 from baton.worker.data_plane import make_data_plane
 from baton.worker.policy import WorkerPolicy
 from baton.worker.service import SERVICES, WorkerService
@@ -102,7 +104,7 @@ async def serve(transports: tuple[str, ...], incarnation: bytes = b"i" * 16) -> 
     core = EngineCore(config, NullRunner(NUM_BLOCKS, 16, MODEL))
     policy = WorkerPolicy(session_timeout_ms=10**9)
     worker = Worker(info, policy, core, plane, GRANT_KEYS)
-    service = WorkerService(worker.runtime, lambda: (0, []))
+    service = WorkerService(worker.runtime, lambda: (0, []), worker.score)
     service.add_to(server.grpc)
     worker.start()
     await server.start(SERVICES)
@@ -266,3 +268,13 @@ async def test_nothing_without_the_clusters_token(scene: Scene, token: ClusterTo
 async def test_both_tokens_are_valid_while_they_are_changed(scene: Scene) -> None:
     async with consumer(scene.d.name, OLD_TOKEN) as late:
         assert await scene.fetch(scene.fetch_open(), late) > 0
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_worker_that_others_can_reach_does_not_start_without_a_token(
+    host: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = WorkerConfig(worker_host=host, redis_url="redis://127.0.0.1:1")
+    assert main.run(config, WorkerPolicy()) == 2
+    (record,) = caplog.records
+    assert record.getMessage() == f"listening on {host} needs a cluster token (--cluster-token)"
