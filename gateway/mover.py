@@ -138,7 +138,7 @@ def _targets(one: Running, source: Worker, fleet: Fleet) -> Iterator[Worker]:
             and _decodes(target)
             and target.worker_id not in one.need.avoid
             and pair_conflict(source.info, target.info) is None
-            and one.need.whole_on(target) <= target.info.num_blocks
+            and one.need.bound_on(target) <= target.info.num_blocks
             and has_room(one.need, target)
         ):
             yield target

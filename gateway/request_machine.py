@@ -315,6 +315,9 @@ class RequestMachine:
                 return  # P computes on; its progress asks again, at the latest its first token
             if decision.cause is Cause.NO_WORKER:
                 self._decode_on_producer(prefill, now_ms)
+            elif decision.cause is Cause.NEVER_FITS:
+                self._drop_prefill()
+                self._route(self._planner.plan(need), now_ms)
             else:
                 self._wait(decision, now_ms)
             return
@@ -394,10 +397,10 @@ class RequestMachine:
     def _wait(self, refusal: Refusal, now_ms: float) -> None:
         """Only the gateway waits: for room, or, once something was computed, for a worker."""
         is_new = self.report.num_attempts == 0
+        if refusal.cause is Cause.NEVER_FITS and not is_new:  # it did: that worker is gone
+            refusal = Refusal(Cause.NO_WORKER, "no worker that is large enough is up")
         limit_ms = self._patience.wait_until_ms(refusal, now_ms)
-        can_wait = refusal.cause is Cause.NO_ROOM or (
-            refusal.cause is not Cause.NEVER_FITS and not is_new
-        )
+        can_wait = refusal.cause is Cause.NO_ROOM or not is_new
         if not can_wait or now_ms >= limit_ms:
             self._end(refusal.cause, refusal.message)
             return

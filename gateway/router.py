@@ -69,8 +69,11 @@ class Need:
         """Blocks without which it could never finish there; its other choices can take turns."""
         total = self.total_len or self.context_len + self.max_new_tokens
         longest = min(total, worker.info.max_model_len) - 1  # the last token is never run
-        whole = num_blocks(max(longest, self.prompt_len), worker.info.layout.block_size)
-        return max(whole, self.blocks_on(worker))
+        return num_blocks(max(longest, self.prompt_len), worker.info.layout.block_size)
+
+    def bound_on(self, worker: Worker) -> int:
+        """Blocks without which it could never be bound there: its choices start at once."""
+        return max(self.whole_on(worker), self.blocks_on(worker))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ class DecodeDecision:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """NO_ROOM: later, perhaps. NO_WORKER: nobody is up. NEVER_FITS: nobody ever could."""
+    """NO_ROOM: later, perhaps. NO_WORKER: nobody who could is up. NEVER_FITS: nobody ever could."""
 
     cause: Cause
     message: str
@@ -121,7 +124,7 @@ def plan(need: Need, fleet: Fleet, config: RouterConfig) -> RouteDecision | Refu
         # Nobody decodes: prefill workers do, rather than refuse.
         finishers = [w for w in usable if need.whole_on(w) <= w.info.num_blocks]
         if not finishers:
-            return _NEVER_FITS
+            return _refusal(need, fleet)
         alone = [_local(need, w, fleet, config, "no decode worker") for w in finishers if w in able]
         return min(alone, key=_order, default=_FULL)
     producers = [worker for worker in able if worker.role.can_prefill]
@@ -147,15 +150,18 @@ def pick_decode(
     need: Need, source: Worker, fleet: Fleet, config: RouterConfig
 ) -> DecodeDecision | Refusal:
     """The decode worker for KV that `source` holds: must have room; least predicted time of the
-    next steps plus the transfer, then most free blocks."""
+    next steps plus the transfer, then most free blocks. Refused with NO_WORKER, `source` may go on
+    by itself; with NEVER_FITS it is too small for that."""
     able = [
         worker
         for worker in _usable(need, fleet)
-        if worker.role.can_decode and need.whole_on(worker) <= worker.info.num_blocks
+        if worker.role.can_decode and need.bound_on(worker) <= worker.info.num_blocks
         if pair_conflict(source.info, worker.info) is None
     ]
     if not able:
-        return Refusal(Cause.NO_WORKER, "no decode worker is up")
+        is_alone = need.whole_on(source) <= source.info.num_blocks
+        cause = Cause.NO_WORKER if is_alone else Cause.NEVER_FITS
+        return Refusal(cause, "no decode worker that is large enough is up")
     roomy = [w for w in able if w.worker_id not in need.avoid and has_room(need, w)]
     if not roomy:
         return Refusal(Cause.NO_ROOM, "no decode worker has room")
@@ -197,14 +203,20 @@ def transfer_bytes(need: Need, source: Worker, target: Worker) -> int:
 
 def _usable(need: Need, fleet: Fleet) -> Iterator[Worker]:
     """Up, of the right model version, and large enough."""
-    for worker in fleet:
-        if (
-            worker.accepts
-            and need.fingerprint in {None, worker.info.fingerprint}
-            and num_blocks(need.prompt_len, worker.info.layout.block_size) <= worker.info.num_blocks
-            and need.context_len < worker.info.max_model_len
-        ):
-            yield worker
+    return (worker for worker in fleet if worker.accepts and _is_for(need, worker))
+
+
+def _is_for(need: Need, worker: Worker) -> bool:
+    """Has the right model version, and room for the prompt."""
+    return (
+        _has_model(need, worker)
+        and num_blocks(need.prompt_len, worker.info.layout.block_size) <= worker.info.num_blocks
+        and need.context_len < worker.info.max_model_len
+    )
+
+
+def _has_model(need: Need, worker: Worker) -> bool:
+    return need.fingerprint in {None, worker.info.fingerprint}
 
 
 def _short_line(worker: Worker) -> bool:
@@ -212,9 +224,12 @@ def _short_line(worker: Worker) -> bool:
 
 
 def _refusal(need: Need, fleet: Fleet) -> Refusal:
+    """When nobody who accepts requests is large enough for this one."""
     up = [worker for worker in fleet if worker.state is WorkerState.UP]
-    accepting = [w for w in up if w.accepts and need.fingerprint in {None, w.info.fingerprint}]
-    if accepting:
+    able = [w for w in fleet if _is_for(need, w) and need.whole_on(w) <= w.info.num_blocks]
+    if any(w.accepts and _has_model(need, w) for w in up):
+        if able:
+            return Refusal(Cause.NO_WORKER, "no worker that is large enough is up")
         return _NEVER_FITS
     if up:
         return Refusal(Cause.DRAINING, "every worker is draining or serves another model version")
@@ -244,7 +259,9 @@ def _pairs(
         ttft += prefill_ms(source, fleet, need.prompt_len - cached, cached)
         ttft -= 0.0 if prefix is None else prefix.saved_ms
         for target in consumers:
-            if target is source or pair_conflict(source.info, target.info) is not None:
+            if target is source or need.bound_on(target) > target.info.num_blocks:
+                continue
+            if pair_conflict(source.info, target.info) is not None:
                 continue
             link = fleet.link(source.worker_id, target.worker_id).model
             transfer = link.transfer_ms(transfer_bytes(need, source, target))

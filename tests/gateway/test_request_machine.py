@@ -567,6 +567,33 @@ def test_waits_for_a_worker_once_something_was_computed() -> None:
     assert again.request.output_token_ids == ((5,),)
 
 
+def test_never_is_not_said_of_a_request_that_ran() -> None:
+    """The one worker that is large enough is gone for good; a larger one may still come."""
+    gateway = Gateway(worker_info("big"), worker_info("small", num_blocks=2))
+    gateway.open()
+    assert gateway.take_one(ComputeLocally)[0] == "big"
+    gateway.lose("big")
+    gateway.dispatcher.fleet.forget("big")
+    gateway.wait(5000)
+    assert gateway.ended is None
+    gateway.wait(5000)
+    assert gateway.ended is not None
+    assert gateway.ended.cause is Cause.NO_WORKER
+
+
+def test_a_producer_that_is_too_small_to_decode_lets_go() -> None:
+    """Prompt and output need 4 blocks; P has 3, and the one D is lost before it is bound."""
+    small = worker_info("p1", Role.PREFILL, num_blocks=3)
+    gateway = Gateway(small, D1)
+    p, leg = gateway.admitted(request(max_tokens=16))
+    gateway.lose("d1")
+    gateway.say(p, TokenChunk(leg, 0, 0, (5,)))
+    assert gateway.take() == [("p1", Release(leg))]
+    assert gateway.ended is None
+    gateway.back("d1")
+    assert gateway.take_one(Submit)[1].request.output_token_ids == ((5,),)
+
+
 def test_but_not_for_ever() -> None:
     gateway = Gateway(worker_info("w"))
     gateway.open()

@@ -251,6 +251,32 @@ def test_refusals() -> None:
     assert refused(NEED, fleet) is Cause.DRAINING
 
 
+@pytest.mark.parametrize("how", ["lost", "draining"])
+def test_never_is_not_said_of_a_request_that_fits_a_worker_out_of_reach(how: str) -> None:
+    fleet = fleet_of(worker_info("a", num_blocks=4), worker_info("b"))
+    if how == "lost":
+        fleet.lost("b")
+    else:
+        load(fleet, "b", draining=True)
+    assert refused(NEED, fleet) is Cause.NO_WORKER
+
+
+def test_choices_that_do_not_fit_at_once_take_turns_where_they_are_computed() -> None:
+    need = replace(NEED, prompt_len=20, num_choices=3, num_output_tokens=40, total_len=80)
+    fleet = fleet_of(prefill("p"), replace(decode("d"), num_blocks=10))
+    target = worker(fleet, "d")
+    assert need.whole_on(target) < 10 < need.bound_on(target)
+    decision = chosen(need, fleet)
+    assert (decision.worker_id, decision.remote) == ("d", False)
+    picked = pick_decode(need, worker(fleet, "p"), fleet, CONFIG)
+    assert isinstance(picked, Refusal)
+    assert picked.cause is Cause.NO_WORKER
+    small = fleet_of(replace(prefill("p"), num_blocks=3), replace(decode("d"), num_blocks=10))
+    picked = pick_decode(need, worker(small, "p"), small, CONFIG)
+    assert isinstance(picked, Refusal)
+    assert picked.cause is Cause.NEVER_FITS, "not on the producer either"
+
+
 def test_a_small_worker_is_passed_over() -> None:
     fleet = fleet_of(worker_info("a", num_blocks=4), worker_info("b"))
     assert chosen(NEED, fleet).worker_id == "b"

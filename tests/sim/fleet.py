@@ -58,11 +58,12 @@ class SimFleet:
         names = {"p": Role.PREFILL, "d": Role.DECODE, "b": Role.BOTH}
         num_seqs = rng.choice([2, 4, 8])
         is_tiny = rng.random() < 0.5
+        has_midgets = rng.random() < 0.2 and not self.plan.is_calm
         return [
             WorkerSpec(
                 name=f"{letter}{index}",
                 role=names[letter],
-                num_blocks=self._draw_num_blocks(is_tiny),
+                num_blocks=self._draw_num_blocks(is_tiny, has_midgets),
                 block_size=rng.choice([16, 16, 32]),
                 chunk_tokens=rng.choice([16, 32, 64]),
                 max_num_seqs=num_seqs,
@@ -70,8 +71,11 @@ class SimFleet:
             for index, letter in enumerate(roles)
         ]
 
-    def _draw_num_blocks(self, is_tiny: bool) -> int:
+    def _draw_num_blocks(self, is_tiny: bool, has_midgets: bool) -> int:
+        """has_midgets: some workers are too small for some requests, perhaps all."""
         rng = self.world.rng
+        if has_midgets and rng.random() < 0.5:
+            return rng.randrange(3, 9)
         if self.plan.is_calm:
             return 128
         if self.plan.is_restless:

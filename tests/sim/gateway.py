@@ -180,7 +180,7 @@ class SimGateway(Node):
             client.machine = self.dispatcher.open(request, self.world.now)
         except BatonError as error:
             self.world.log(self.name, f"{request.request_id} refused: {error.cause.name}")
-            client.refused(error.cause)
+            client.refused(error.cause, self)
         if client.abort_after_ms is not None:
             self.world.after(client.abort_after_ms, self, self._abort, client)
         self.set_timer()

@@ -7,6 +7,7 @@ from baton.engine.null_runner import NullModel
 from baton.errors import Cause
 from baton.gateway.legs import Ended
 from baton.gateway.request_machine import RequestMachine
+from baton.gateway.workers import Worker
 from baton.types import Request, TokenChunk
 
 if TYPE_CHECKING:
@@ -55,9 +56,9 @@ class Client:
             return True
         return False
 
-    def refused(self, cause: Cause) -> None:
-        assert cause in {Cause.NO_WORKER, Cause.DRAINING}, f"refused with {cause.name}"
+    def refused(self, cause: Cause, gateway: "SimGateway") -> None:
         self.end = Ended(cause, "refused")
+        self._check_unserved(cause, gateway)
 
     def ended(self, end: Ended, gateway: "SimGateway") -> None:
         assert self.end is None, "ended twice"
@@ -78,13 +79,27 @@ class Client:
             assert self.is_aborted, reason
         elif cause is Cause.DEADLINE_EXCEEDED:
             assert gateway.world.now >= machine.deadline_ms, reason
-        elif cause in {Cause.NO_WORKER, Cause.DRAINING}:
-            workers = gateway.dispatcher.fleet
-            assert not any(worker.accepts for worker in workers), reason
         elif cause is Cause.WORKER_LOST:
             assert fleet.stats.num_breaks >= 2, reason
         else:
-            raise AssertionError(reason)
+            self._check_unserved(cause, gateway)
+
+    def _check_unserved(self, cause: Cause, gateway: "SimGateway") -> None:
+        """Nobody could serve it: ever, or now."""
+        reason = f"{self.request.request_id} failed with {cause.name}"
+        able = [worker for worker in gateway.dispatcher.fleet if self._fits(worker)]
+        if cause is Cause.NEVER_FITS:
+            assert not able, reason
+            assert self.machine is None, f"{reason}, and was accepted"
+        else:
+            assert cause in {Cause.NO_WORKER, Cause.DRAINING}, reason
+            assert not any(worker.accepts for worker in able), reason
+
+    def _fits(self, worker: Worker) -> bool:
+        num_prompt, info = len(self.request.prompt_token_ids), worker.info
+        longest = num_prompt + (self.request.sampling.max_tokens or 0)
+        num_slots = max(min(longest, info.max_model_len) - 1, num_prompt)
+        return num_slots <= info.num_blocks * info.layout.block_size
 
 
 def expected_output(model: NullModel, request: Request, max_len: int) -> list[tuple[int, ...]]:
