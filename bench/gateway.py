@@ -77,14 +77,14 @@ def run_gateway(url: str, pipe: Connection, profile: bool) -> None:
         await server.serve(config, tokenizer, defaults, listener)
         watching.cancel()
 
-    profiler = cProfile.Profile()
+    profiler = cProfile.Profile(time.thread_time)
     if profile:
         profiler.enable()
     asyncio.run(main())
     profiler.disable()
     pipe.send(stalls)
     if profile:
-        pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
+        pstats.Stats(profiler).sort_stats("tottime").print_stats(45)
 
 
 def run_worker(url: str, token_ids: list[int], vocab_size: int) -> None:

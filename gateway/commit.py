@@ -49,6 +49,8 @@ class OutputLog:
             choice.finished, choice.finished_by = True, chunk.leg
         if not new and not ends:
             return None
+        if not again and ends == (chunk.finish_reason is not None):
+            return chunk
         return replace(
             chunk,
             start=stop - len(new),

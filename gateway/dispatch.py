@@ -7,7 +7,6 @@ deadline first. One that has waited long is not passed by others any more: while
 else gets room.
 """
 
-import heapq
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from baton.gateway.migration import MigratingMachine
 from baton.gateway.mover import Mover, MoverConfig, is_leaving
 from baton.gateway.prefix_plan import PrefixPlan
 from baton.gateway.router import DecodeDecision, Need, Refusal, RouteDecision, RouterConfig
+from baton.gateway.timers import Timers
 from baton.gateway.workers import Fleet, Worker
 from baton.grants import Grant, GrantKeys
 from baton.hashing import prefix_hashes, root_hash, salt_digest
@@ -148,7 +148,7 @@ class Dispatcher:
         self._drop = drop
         self._machines: dict[str, MigratingMachine] = {}
         self._parked: dict[str, float] = {}  # request → since when
-        self._timers: list[tuple[float, str]] = []
+        self._timers = Timers()
         self._claim: str | None = None
         self._mover = Mover(config.mover)
 
@@ -245,21 +245,11 @@ class Dispatcher:
     @property
     def next_wake_ms(self) -> float:
         """When `tick` has something to do; infinity when only messages can change anything."""
-        while self._timers:
-            wake_at_ms, request_id = self._timers[0]
-            machine = self._machines.get(request_id)
-            if machine is not None and machine.wake_at_ms == wake_at_ms:
-                return wake_at_ms
-            heapq.heappop(self._timers)
-        return float("inf")
+        return self._timers.next_ms
 
     def tick(self, now_ms: float) -> None:
         """Wake every request whose time has come, earliest deadline first."""
-        due: dict[str, MigratingMachine] = {}
-        while self.next_wake_ms <= now_ms:
-            _, request_id = heapq.heappop(self._timers)
-            due[request_id] = self._machines[request_id]
-        for request_id in sorted(due, key=self._urgency):
+        for request_id in sorted(self._timers.pop_due(now_ms), key=self._urgency):
             self._wake(request_id, now_ms)
 
     def must_queue(self, request_id: str) -> bool:
@@ -305,5 +295,4 @@ class Dispatcher:
             self._parked.setdefault(request_id, now_ms)
         elif self._parked.pop(request_id, None) is not None and self._claim == request_id:
             self._claim = None
-        if machine.wake_at_ms < float("inf"):
-            heapq.heappush(self._timers, (machine.wake_at_ms, request_id))
+        self._timers.set(request_id, machine.wake_at_ms)

@@ -63,14 +63,10 @@ class Shape(Protocol):
         ...
 
 
-class ClientStalled(Exception):
-    """The client does not read, so nothing more can be written."""
-
-
 class EventWriter:
     """Server-sent events over ASGI. The response starts with the first write.
 
-    Two tasks write: the stream and its keep-alive; the lock keeps their messages whole.
+    Two tasks write: the stream and its `watch`; the lock keeps their messages whole.
     """
 
     def __init__(self, send: Send, limits: LimitSettings, *, named: bool = False) -> None:
@@ -80,6 +76,7 @@ class EventWriter:
         self._lock = asyncio.Lock()
         self._limits = limits
         self._last_write_s = time.monotonic()
+        self._blocked_since_s: float | None = None  # a write waits for the client to read
         self._num_writes = 0
 
     async def json(self, value: dict[str, Any]) -> None:
@@ -87,12 +84,7 @@ class EventWriter:
         await self.write(b"%bdata: %b\n\n" % (name, to_json(value)))
 
     async def write(self, data: bytes) -> None:
-        """
-        Raises:
-            ClientStalled: buffers were full for `slow_client_timeout_s`.
-        """
         await self._put(data, more=True)
-        self._last_write_s = time.monotonic()
         self._num_writes += 1
         if self._num_writes % _WRITES_PER_TURN == 0:
             await asyncio.sleep(0)
@@ -101,26 +93,38 @@ class EventWriter:
         await self._put(last, more=False)
 
     async def _put(self, data: bytes, *, more: bool) -> None:
-        try:
-            async with asyncio.timeout(self._limits.slow_client_timeout_s), self._lock:
-                if not self.started:
-                    self.started = True
-                    await self._send(
-                        {"type": "http.response.start", "status": 200, "headers": _HEADERS}
-                    )
-                await self._send({"type": "http.response.body", "body": data, "more_body": more})
-        except TimeoutError:
-            raise ClientStalled from None
+        async with self._lock:
+            self._last_write_s = self._blocked_since_s = time.monotonic()
+            if not self.started:
+                self.started = True
+                await self._send(
+                    {"type": "http.response.start", "status": 200, "headers": _HEADERS}
+                )
+            await self._send({"type": "http.response.body", "body": data, "more_body": more})
+            self._blocked_since_s = None
 
-    async def keep_alive(self) -> None:
-        """Runs beside the stream: a comment after every interval of silence."""
-        interval_s = self._limits.sse_keep_alive_interval
-        while interval_s > 0:
-            silent_s = time.monotonic() - self._last_write_s
-            if silent_s >= interval_s:
-                await self.write(_COMMENT)
-                silent_s = 0.0
-            await asyncio.sleep(interval_s - silent_s)
+    async def watch(self, patience: asyncio.Timeout) -> None:
+        """Runs beside the stream: a comment after every `sse_keep_alive_interval` of silence, and
+        the end of `patience` when the client has not read for `slow_client_timeout_s`. One timer
+        for a whole stream costs less than one for each write."""
+        interval_s = self._limits.sse_keep_alive_interval or float("inf")
+        limit_s = self._limits.slow_client_timeout_s
+        try:
+            while True:
+                now = time.monotonic()
+                if self._blocked_since_s is not None:
+                    left_s = self._blocked_since_s + limit_s - now
+                    if left_s <= 0:
+                        raise TimeoutError
+                else:
+                    left_s = self._last_write_s + interval_s - now
+                    if left_s <= 0:
+                        async with asyncio.timeout(limit_s):
+                            await self.write(_COMMENT)
+                        continue
+                await asyncio.sleep(min(left_s, limit_s / 4))
+        except TimeoutError:
+            patience.reschedule(asyncio.get_running_loop().time())
 
 
 class GenerationResponse(Response):
@@ -181,19 +185,23 @@ class GenerationResponse(Response):
 
     async def _send_events(self, how: Streaming, scope: Scope, send: Send) -> None:
         writer = EventWriter(send, self._limits, named=how.named_events)
-        keep_alive = asyncio.create_task(writer.keep_alive())
         try:
-            await self._write_deltas(how, writer)
-        except ClientStalled:
+            async with asyncio.timeout(None) as patience:
+                beside = asyncio.create_task(writer.watch(patience))
+                try:
+                    await self._write_deltas(how, writer)
+                except Exception as error:
+                    if not writer.started:
+                        raise
+                    await self._write_error(how, writer, error, scope["state"]["request_id"])
+                finally:
+                    beside.cancel()
+                    await asyncio.gather(beside, return_exceptions=True)
+        except TimeoutError:
+            if not patience.expired():
+                raise
             # Returning without an end makes the server close the connection.
             log.info("%s: the client stopped reading", self._generation.job.id)
-        except Exception as error:
-            if not writer.started:
-                raise
-            await self._write_error(how, writer, error, scope["state"]["request_id"])
-        finally:
-            keep_alive.cancel()
-            await asyncio.gather(keep_alive, return_exceptions=True)
 
     async def _write_error(
         self, how: Streaming, writer: EventWriter, error: Exception, request_id: str
@@ -201,17 +209,14 @@ class GenerationResponse(Response):
         self._generation.record.outcome = outcome_of(error)
         if not isinstance(error, BatonError):
             log.error("%s failed", self._generation.job.id, exc_info=error)
-        try:
-            kind = {"type": "error"} if how.named_events else {}
-            await writer.json({**kind, **api_error(error, request_id).body()})
-            await writer.end()
-        except ClientStalled:
-            log.info("%s: the client stopped reading", self._generation.job.id)
+        kind = {"type": "error"} if how.named_events else {}
+        await writer.json({**kind, **api_error(error, request_id).body()})
+        await writer.end()
 
     async def _write_deltas(self, how: Streaming, writer: EventWriter) -> None:
         generation = self._generation
         async with aclosing(generation.deltas()) as deltas:
-            async for delta in _spaced(deltas, how.interval):
+            async for delta in _spaced(deltas, how.interval) if how.interval > 1 else deltas:
                 usage = generation.usage() if how.continuous_usage else None
                 for chunk in self._shape.chunks(delta, usage):
                     await writer.json(chunk)

@@ -141,3 +141,12 @@ def test_a_missing_tokenizer_is_one_line(
     assert run(GatewayConfig.model_validate({"model": str(tmp_path)})) == 1
     (line,) = [record.getMessage() for record in caplog.records]
     assert "tokenizer.json" in line
+
+
+def test_what_is_written_leaves_at_once() -> None:
+    with (
+        listen("127.0.0.1", 0, slow_client_s=1) as listener,
+        socket.create_connection(listener.getsockname()),
+        listener.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
