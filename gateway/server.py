@@ -64,7 +64,7 @@ def listen(host: str, port: int, slow_client_s: float) -> socket.socket:
     except OSError as error:
         reason = (error.strerror or str(error)).partition(" (while")[0]
         raise OSError(f"cannot listen on {host}:{port}: {reason}") from error
-    # Inherited by every connection; asyncio sets it on sockets with a protocol number alone. Without
+    # Inherited by every connection; asyncio sets it only on sockets with a protocol number. Without
     # it the first chunk waits behind the headers for the client's delayed acknowledgement, 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
