@@ -13,6 +13,7 @@ import rich_click as click
 from pydantic import BaseModel
 
 import baton
+from baton.cli_client import chat, collect_env, complete, run_batch
 from baton.config import (
     Config,
     ConfigError,
@@ -151,20 +152,6 @@ def decode_worker(config: WorkerConfig) -> int:
 
 
 @click.command()
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The gateway.")
-@click.option("--model", default=None, help="Model name; the first one served if absent.")
-@click.option("--system", default=None, help="System message.")
-@click.option("--max-tokens", default=512, show_default=True, help="Longest answer.")
-@click.option("--temperature", default=None, type=float, help="The model's default if absent.")
-@click.option("--api-key", default=None, envvar="BATON_API_KEY", show_envvar=True, help="API key.")
-def chat(url: str, **options: Any) -> None:
-    """Talk to a running fleet in the terminal."""
-    from baton.chat import run_chat
-
-    sys.exit(run_chat(url, **options))
-
-
-@click.command()
 @click.argument("address")
 def health(address: str) -> None:
     """Exit with 0 if the worker at ADDRESS (host:port) says it serves."""
@@ -177,7 +164,8 @@ click.rich_click.COMMAND_GROUPS = {
     "baton": [
         {"name": "Serve", "commands": ["serve"]},
         {"name": "One process", "commands": ["gateway", "prefill-worker", "decode-worker"]},
-        {"name": "Use", "commands": ["chat", "health"]},
+        {"name": "Use", "commands": ["chat", "complete", "run-batch"]},
+        {"name": "Look", "commands": ["health", "collect-env"]},
     ]
 }
 
@@ -206,7 +194,17 @@ def main() -> None:
     """LLM serving with prefill and decode separated."""
 
 
-for _command in (serve, gateway, prefill_worker, decode_worker, chat, health):
+for _command in (
+    serve,
+    gateway,
+    prefill_worker,
+    decode_worker,
+    chat,
+    complete,
+    run_batch,
+    health,
+    collect_env,
+):
     main.add_command(_command)
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 
-from baton.chat import ChatError, Conversation, run_chat
+from baton.client.chat import Conversation, run_chat
+from baton.client.terminal import ServerError
 
 
 def sse(*chunks: object) -> httpx.Response:
@@ -94,7 +95,7 @@ def test_errors_are_told_and_the_question_is_forgotten(
     answer: httpx.Response, message: str
 ) -> None:
     talk = conversation(Server(answer))
-    with pytest.raises(ChatError, match=message):
+    with pytest.raises(ServerError, match=message):
         list(talk.ask("Hi"))
     assert talk.messages == []
 
