@@ -1,6 +1,6 @@
 """Baton on a CUDA device, beside what that device can do.
 
-    python -m bench.gpu [--sections kernels,engine,exchange]
+    python -m bench.gpu [--sections kernels,engine,exchange,fleet]
 
     kernels   every Triton kernel: equal to its reference, and its rate
     engine    prefill and decode of a model of Llama-3-8B's shape with random weights, with and
@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench import gpu_engine, gpu_exchange, gpu_kernels, gpu_tiles
+from bench import gpu_engine, gpu_exchange, gpu_fleet, gpu_kernels, gpu_tiles
 from bench.gpu_report import Limits, Report, default_log
 
 SECTIONS: dict[str, Callable[[Limits, Report], None]] = {
@@ -29,12 +29,13 @@ SECTIONS: dict[str, Callable[[Limits, Report], None]] = {
     "tiles": gpu_tiles.run,
     "engine": gpu_engine.run,
     "exchange": gpu_exchange.run,
+    "fleet": gpu_fleet.run,
 }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.gpu")
-    parser.add_argument("--sections", default="kernels,engine,exchange")
+    parser.add_argument("--sections", default="kernels,engine,exchange,fleet")
     chosen = parser.parse_args().sections.split(",")
     if not torch.cuda.is_available():
         print("bench/gpu.py: no CUDA device here, nothing was measured")
