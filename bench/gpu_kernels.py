@@ -47,7 +47,8 @@ def layer_cases(dtype: torch.dtype) -> list[Case]:
     heads = normal(num_tokens, HEADS + 2 * KV_HEADS, HEAD_DIM, dtype=dtype)
     qk = heads[:, : HEADS + KV_HEADS]
     k, v = heads[:, HEADS : HEADS + KV_HEADS], heads[:, HEADS + KV_HEADS :]
-    cos_sin = torch.rand(num_tokens, 2, HEAD_DIM, device="cuda")
+    cos, sin = torch.rand(2, num_tokens, HEAD_DIM // 2, device="cuda")
+    cos_sin = torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)), dim=1)
     cache = torch.zeros(2, 2048, BLOCK_SIZE, KV_HEADS, HEAD_DIM, dtype=dtype, device="cuda")
     slots = torch.randperm(2048 * BLOCK_SIZE, device="cuda")[:num_tokens]
 
@@ -172,7 +173,7 @@ def transfer_cases(dtype: torch.dtype) -> list[Case]:
 def sampling_case() -> Case:
     logits = normal(64, VOCAB, dtype=torch.float32) * 3
     temperatures = torch.rand(64, device="cuda").mul_(2).round_(decimals=1)
-    keys = torch.randint(-(2**31), 2**31 - 1, (64,), dtype=torch.int32, device="cuda")
+    keys = torch.randint(0, 2**32, (64,), device="cuda")
     return Case(
         f"gumbel_argmax 64x{VOCAB}",
         lambda: gumbel_argmax(logits, temperatures, keys),
