@@ -33,6 +33,9 @@ Buffers = Sequence[bytes | bytearray | memoryview]  # one frame, gathered: heade
 class FetchOpen:
     """What a consumer asks for, and what it claims about itself (checked by the producer).
 
+    `pace_ms` is what as many frames as `initial_credit` take at the measured rate of the link: the
+    producer's patience with this consumer grows with it. 0 = that is nothing.
+
     By hash, `tokens_digest` is the last hash, and what comes may be less than `range`: FetchHave.
     """
 
@@ -44,6 +47,7 @@ class FetchOpen:
     salt_digest: bytes
     consumer: str
     initial_credit: int = 8
+    pace_ms: int = 0
     traceparent: str = ""  # of the request; "" = not traced
 
 

@@ -52,6 +52,7 @@ def fetch_open_to_pb(fetch: FetchOpen, transport: str, lane: bytes) -> pb.FetchO
         initial_credit=fetch.initial_credit,
         lane=lane,
         traceparent=fetch.traceparent,
+        pace_ms=fetch.pace_ms,
     )
     if isinstance(fetch.source, HashChain):
         message.chain.CopyFrom(chain_to_pb(fetch.source))
@@ -79,6 +80,7 @@ def fetch_open_from_pb(message: pb.FetchOpen) -> tuple[FetchOpen, str, bytes]:
         consumer=wire.text(message.consumer, wire.MAX_ID_LEN, "consumer"),
         initial_credit=message.initial_credit,
         traceparent=message.traceparent,
+        pace_ms=message.pace_ms,
     )
     return fetch, wire.text(message.transport, wire.MAX_ID_LEN, "transport"), message.lane
 

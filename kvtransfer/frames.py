@@ -53,8 +53,10 @@ MAX_SEQ = 2**32 - 1
 
 _MAGIC = b"BKV\x01"
 _FIELDS = struct.Struct("<4sBBHIIQ6IQ")  # everything before the checksum
+_KIND_OFFSET = 4
 _CHECKSUM = struct.Struct("<Q")
 _CHECKSUM_OFFSET = _FIELDS.size
+_SMALL_BYTES = 16 << 10  # verified in a few microseconds
 
 assert _CHECKSUM_OFFSET + _CHECKSUM.size == HEADER_BYTES
 
@@ -151,6 +153,11 @@ def decode(data: bytes | memoryview, max_frame_bytes: int = MAX_FRAME_BYTES) -> 
     if kind not in (FrameKind.DATA, FrameKind.END) or not _is_sane(where, kind):
         raise BatonError(Cause.FRAME_CORRUPT, f"kind {kind} with ranges {where}")
     return Frame(FrameKind(kind), epoch, seq, where, payload)
+
+
+def is_small_end(data: bytes | memoryview) -> bool:
+    """Does it say of itself, unverified, that it is an end frame, and takes no time to verify?"""
+    return HEADER_BYTES <= len(data) <= _SMALL_BYTES and data[_KIND_OFFSET] == FrameKind.END
 
 
 def covered(where: KVRange, num_tokens: int) -> KVRange:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from baton.errors import BatonError, Cause
-from baton.kvtransfer.frames import Frame, FrameKind, FrameReader, covered
+from baton.kvtransfer.frames import Frame, FrameKind, FrameReader, covered, is_small_end
 from baton.kvtransfer.memory import KVMemory
 from baton.types import BlockId, KVRange
 
@@ -77,11 +77,14 @@ class Importer:
     async def frame(self, *frames: bytes | memoryview) -> bool:
         if self._reader is None:
             raise BatonError(Cause.FRAME_ORDER, "a frame before opening")
-        await self._memory.run(self._apply_all, self._reader, frames)
+        if len(frames) == 1 and is_small_end(frames[0]):
+            self._apply_all(self._reader, frames)  # nothing to copy: it need not queue for that
+        else:
+            await self._memory.run(self._apply_all, self._reader, frames)
         return self.is_complete
 
     def _apply_all(self, reader: FrameReader, frames: Sequence[bytes | memoryview]) -> None:
-        """On the transfer thread, while nobody else changes this importer."""
+        """On the transfer thread if they bring KV, while nobody else changes this importer."""
         for data in frames:
             if self.is_complete:
                 raise BatonError(Cause.FRAME_ORDER, "a frame after the end frame")

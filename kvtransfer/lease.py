@@ -36,6 +36,8 @@ COUNTS = (
     *("opened", "retained", "pinned_again", "attached", "reattached", "done", "stalled"),
     *("expired", "evicted", "failed", "released"),
 )
+PACE_FACTOR = 4  # how much slower than announced a consumer may be
+MAX_PACE_MS = 15_000  # a consumer that announces more is taken at this
 MAX_ATTACHMENTS = 8  # of one lease at a time; each costs the producer a sender
 
 
@@ -51,8 +53,15 @@ class _Attachment:
     epoch: int
     num_sent_tokens: int
     progress_at_ms: int
+    stall_ms: int
     is_done: bool = False
     is_cut: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    token_start: int
+    stall_ms: int
 
 
 @dataclass(slots=True)
@@ -67,7 +76,7 @@ class _Lease:
     num_grants: int = 0
     idle_since_ms: int = 0  # complete and without readers
     attachments: dict[int, _Attachment] = field(default_factory=dict)  # by epoch
-    pending: dict[int, int] = field(default_factory=dict)  # while PINNING: key → first token wanted
+    pending: dict[int, "_Pending"] = field(default_factory=dict)  # while PINNING, by key
 
     def open_epochs(self) -> tuple[int, ...]:
         return tuple(a.epoch for a in self.attachments.values() if not a.is_cut)
@@ -87,7 +96,8 @@ class LeaseTable:
         Args:
             first_epoch: 64 random bits; epochs count up from there, so that none of this process
                 repeats one of an earlier one.
-            stall_ms: how long a consumer may leave ready data untaken before its attachment is cut.
+            stall_ms: how long a consumer may leave ready data untaken before its attachment is cut,
+                over a link that needs no time; see `patience_ms`.
             idle_ms: how long complete KV waits for a first reader before it may be evicted.
         """
         self._next_epoch = first_epoch % 2**64 or 1
@@ -188,9 +198,9 @@ class LeaseTable:
         self.counts["pinned_again"] += 1
         waiting, lease.pending = lease.pending, {}
         effects: list[LeaseEffect] = []
-        for key, token_start in waiting.items():
+        for key, pending in waiting.items():
             del self._by_key[key]
-            effects.append(self._grant(lease, key, token_start, now_ms))
+            effects.append(self._grant(lease, key, pending, now_ms))
         return effects or self._retain_if_read(lease)
 
     def evicted(self, leg: LegId) -> list[LeaseEffect]:
@@ -238,9 +248,10 @@ class LeaseTable:
     # ── from consumers ───────────────────────────────────────────────────────────────────────────
 
     def attach(
-        self, key: int, transfer_id: bytes, token_start: int, now_ms: int
+        self, key: int, transfer_id: bytes, token_start: int, now_ms: int, pace_ms: int = 0
     ) -> list[LeaseEffect]:
-        """Someone with a verified ticket wants to read tokens [token_start, num_tokens).
+        """Someone with a verified ticket wants to read tokens [token_start, num_tokens), and needs
+        `pace_ms` for the frames that it has credit for.
 
         Answered by AttachGranted or AttachRefused with the same `key`, now or after PinLease.
         """
@@ -251,9 +262,10 @@ class LeaseTable:
             return [AttachRefused(key, Cause.TICKET_EXPIRED, "the ticket has expired")]
         if len(lease.attachments) + len(lease.pending) >= MAX_ATTACHMENTS:
             return [AttachRefused(key, Cause.OVERLOADED, "too many readers of one lease")]
+        pending = _Pending(token_start, patience_ms(self._stall_ms, pace_ms))
         if lease.state is LeaseState.PINNED:
-            return [self._grant(lease, key, token_start, now_ms)]
-        lease.pending[key] = token_start
+            return [self._grant(lease, key, pending, now_ms)]
+        lease.pending[key] = pending
         self._by_key[key] = lease
         if lease.state is LeaseState.PINNING:
             return []
@@ -303,7 +315,7 @@ class LeaseTable:
             if lease.state is LeaseState.CLOSING:
                 continue
             for attachment in lease.attachments.values():
-                late = now_ms - attachment.progress_at_ms > self._stall_ms
+                late = now_ms - attachment.progress_at_ms > attachment.stall_ms
                 if late and not attachment.is_cut and lease.owes_reader(attachment):
                     self.counts["stalled"] += 1
                     effects.append(_cut(attachment, Cause.TRANSFER_STALLED, "no progress"))
@@ -322,9 +334,10 @@ class LeaseTable:
 
     # ── transitions ──────────────────────────────────────────────────────────────────────────────
 
-    def _grant(self, lease: _Lease, key: int, token_start: int, now_ms: int) -> AttachGranted:
+    def _grant(self, lease: _Lease, key: int, asked: _Pending, now_ms: int) -> AttachGranted:
         epoch = self.mint_epoch()
-        lease.attachments[epoch] = _Attachment(epoch, token_start, now_ms)
+        attachment = _Attachment(epoch, asked.token_start, now_ms, asked.stall_ms)
+        lease.attachments[epoch] = attachment
         self.counts["reattached" if lease.num_grants else "attached"] += 1
         lease.num_grants += 1
         self._by_epoch[epoch] = lease
@@ -402,6 +415,11 @@ class LeaseTable:
         assert pinned == self._pinned_blocks
         assert len(self._by_epoch) == sum(len(x.attachments) for x in self._leases.values())
         assert len(self._by_key) == sum(len(x.pending) for x in self._leases.values())
+
+
+def patience_ms(stall_ms: int, pace_ms: int) -> int:
+    """How long a consumer may take nothing that needs `pace_ms` for all it has credit for."""
+    return stall_ms + PACE_FACTOR * min(pace_ms, MAX_PACE_MS)
 
 
 def _cut(attachment: _Attachment, cause: Cause, detail: str) -> CutAttachment:

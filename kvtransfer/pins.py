@@ -21,6 +21,7 @@ from baton.kvtransfer.effects import (
     PinPrefix,
     UnpinPrefix,
 )
+from baton.kvtransfer.lease import patience_ms
 from baton.kvtransfer.progress import KVReady
 from baton.types import BlockHash, BlockId
 
@@ -31,6 +32,7 @@ MAX_PINS = 8  # at a time; each costs a sender, and blocks that nobody else can 
 class _Pin:
     key: int
     token_start: int
+    stall_ms: int
     epoch: int | None = None  # while PINNING
     progress_at_ms: int = 0
     is_wanted: bool = True  # False while PINNING: whoever asked is gone
@@ -44,7 +46,8 @@ class PinTable:
         """
         Args:
             mint_epoch: an epoch that no attachment of this process has had.
-            stall_ms: how long a reader may take nothing before it is cut.
+            stall_ms: how long a reader may take nothing before it is cut, over a link that needs no
+                time.
         """
         self._mint_epoch = mint_epoch
         self._stall_ms = stall_ms
@@ -56,12 +59,15 @@ class PinTable:
 
     # ── from consumers ───────────────────────────────────────────────────────────────────────────
 
-    def attach(self, key: int, hashes: tuple[BlockHash, ...], token_start: int) -> list[PinEffect]:
-        """Someone with a checked grant wants the tokens from `token_start` on. Answered by
-        AttachGranted or AttachRefused with the same `key`."""
+    def attach(
+        self, key: int, hashes: tuple[BlockHash, ...], token_start: int, pace_ms: int = 0
+    ) -> list[PinEffect]:
+        """Someone with a checked grant wants the tokens from `token_start` on, and needs `pace_ms`
+        for the frames that it has credit for. Answered by AttachGranted or AttachRefused with the
+        same `key`."""
         if len(self._pins) >= MAX_PINS:
             return [AttachRefused(key, Cause.OVERLOADED, "too many readers by hash")]
-        self._pins[key] = _Pin(key, token_start)
+        self._pins[key] = _Pin(key, token_start, patience_ms(self._stall_ms, pace_ms))
         return [PinPrefix(key, hashes)]
 
     def cancel_attach(self, key: int) -> None:
@@ -106,7 +112,7 @@ class PinTable:
         stalled = [
             pin
             for pin in self._by_epoch.values()
-            if not pin.is_cut and now_ms - pin.progress_at_ms > self._stall_ms
+            if not pin.is_cut and now_ms - pin.progress_at_ms > pin.stall_ms
         ]
         return [self._cut(pin, Cause.TRANSFER_STALLED, "no progress") for pin in stalled]
 

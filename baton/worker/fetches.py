@@ -5,11 +5,13 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil
 from typing import Protocol
 
 from baton.errors import BatonError, Cause
 from baton.grants import HashChain
-from baton.kvtransfer.base import Transport
+from baton.kvtransfer.base import FetchOpen, Transport
+from baton.kvtransfer.exporter import FRAME_BYTES
 from baton.kvtransfer.importer import INITIAL_RATE_BYTES_S, Importer
 from baton.kvtransfer.memory import KVMemory
 from baton.kvtransfer.negotiate import choose
@@ -77,11 +79,6 @@ class FetchDesk:
 
     def __len__(self) -> int:
         return len(self._tasks)
-
-    @property
-    def num_waiting(self) -> int:
-        """Of them, for their turn."""
-        return self._queue.num_waiting
 
     def start(self, order: FetchKV) -> None:
         fetch = _Fetch(self, order)
@@ -180,10 +177,12 @@ class _Fetch:
             desk._memory, order.block_ids, order.fetch.range, rate, takes_less=by_hash
         )
         self._importer = importer
-        predicted_ms = desk._memory.num_bytes(order.fetch.range) / link.model.bytes_per_ms
+        num_bytes = desk._memory.num_bytes(order.fetch.range)
+        predicted_ms = num_bytes / link.model.bytes_per_ms
+        fetch = replace(order.fetch, pace_ms=_pace_ms(order.fetch, num_bytes, predicted_ms))
         await desk.turn(order, address, predicted_ms, is_spare=by_hash)
         try:
-            stats = await transport.fetch(address, order.fetch, _Sink(importer, self._progress))
+            stats = await transport.fetch(address, fetch, _Sink(importer, self._progress))
         except BatonError as error:
             if error.cause is Cause.TRANSPORT_FAILED:
                 link.avoid_until_s = time.monotonic() + AVOID_S
@@ -220,6 +219,12 @@ class _Fetch:
             "fetch of %s ended at token %d: %s: %s", self._order.leg, valid, cause.name, detail
         )
         self._desk._events.fetch_failed(self._order.leg, valid, cause, detail)
+
+
+def _pace_ms(fetch: FetchOpen, num_bytes: int, predicted_ms: float) -> int:
+    """See `FetchOpen`; `predicted_ms` is for all its `num_bytes`."""
+    share = min(1.0, fetch.initial_credit * FRAME_BYTES / num_bytes) if num_bytes else 0.0
+    return ceil(predicted_ms * share)
 
 
 class _Sink:

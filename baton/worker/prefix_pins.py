@@ -48,7 +48,9 @@ class PrefixPins:
         except BatonError as error:
             self._outbox.emit(AttachRefused(key, error.cause, error.message))
             return
-        self._carry_out(self.table.attach(key, chain.hashes, fetch.range.token_start))
+        self._carry_out(
+            self.table.attach(key, chain.hashes, fetch.range.token_start, fetch.pace_ms)
+        )
 
     def _check_fetch(self, fetch: FetchOpen, chain: HashChain) -> None:
         layout, wanted = self._info.layout, fetch.range

@@ -90,8 +90,7 @@ class WorkerProcess:
             self._failpoints,
             runner.grammars,
         )
-        runtime = worker.runtime
-        self._metrics.observer.watch(runtime.machine.producer, runtime.exports, worker.fetches)
+        self._metrics.observer.watch(worker.runtime.machine.producer)
         self._service = WorkerService(worker.runtime, self._registration.inventory, worker.score)
         self._service.add_to(self._server.grpc)
         worker.start()

@@ -282,7 +282,8 @@ class ProducerSide:
             self._carry_out([AttachRefused(key, error.cause, error.message)])
             return
         start = fetch.range.token_start
-        self._carry_out(self.leases.attach(key, ticket.transfer_id, start, now_ms))
+        effects = self.leases.attach(key, ticket.transfer_id, start, now_ms, fetch.pace_ms)
+        self._carry_out(effects)
 
     def attachment_closed(self, epoch: int, now_ms: int) -> None:
         self._carry_out(self.leases.closed(epoch, now_ms))

@@ -415,7 +415,7 @@ def test_kv_failed_rebinds_once_then_computes_locally() -> None:
     assert gateway.ended == Ended()
 
 
-@pytest.mark.parametrize("cause", [Cause.LEASE_UNKNOWN, Cause.TOKENS_MISMATCH])
+@pytest.mark.parametrize("cause", [Cause.LEASE_UNKNOWN, Cause.TOKENS_MISMATCH, Cause.OVERLOADED])
 def test_kv_failed_for_good_computes_locally(cause: Cause) -> None:
     gateway = Gateway(P1, D1)
     _, _, d, bind = gateway.held()

@@ -51,7 +51,7 @@ def make_fetch(
     )
     where = KVRange(0, NUM_LAYERS, token_start, num_tokens)
     layout = make_layout()
-    return FetchOpen(ticket, where, layout, DIGEST, DIGEST, DIGEST, consumer, initial_credit)
+    return FetchOpen(ticket, where, layout, DIGEST, DIGEST, DIGEST, consumer, initial_credit, 7)
 
 
 # ── pools ────────────────────────────────────────────────────────────────────────────────────────

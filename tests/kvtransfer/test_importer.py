@@ -1,5 +1,7 @@
 """What the consumer believes, what it writes, and how long it waits."""
 
+import asyncio
+import threading
 from dataclasses import replace
 
 import pytest
@@ -64,6 +66,19 @@ async def test_layers_may_arrive_apart(source: Pool, target: Pool) -> None:
     assert await importer.frame(b"".join(writer.end(ALL, b"tokens")))
     assert (importer.is_complete, importer.end_payload) == (True, b"tokens")
     assert target.content(ALL) == source.content(ALL)
+
+
+async def test_the_end_does_not_queue_behind_what_others_copy(source: Pool, target: Pool) -> None:
+    importer, writer, go_on = open_importer(target), FrameWriter(EPOCH), threading.Event()
+    await importer.frame(data_frame(writer, source, ALL))
+    copying = asyncio.create_task(target.memory.run(go_on.wait, 20))
+    await asyncio.sleep(0.05)  # the transfer thread is at it
+    try:
+        async with asyncio.timeout(10):
+            assert await importer.frame(b"".join(writer.end(ALL, b"tokens")))
+    finally:
+        go_on.set()
+        assert await copying
 
 
 async def test_nothing_but_the_end_frame_is_wanted(target: Pool) -> None:

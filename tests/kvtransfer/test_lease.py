@@ -23,7 +23,13 @@ from baton.kvtransfer.effects import (
     QuiesceLease,
     RetainLease,
 )
-from baton.kvtransfer.lease import MAX_ATTACHMENTS, LeaseState, LeaseTable
+from baton.kvtransfer.lease import (
+    MAX_ATTACHMENTS,
+    MAX_PACE_MS,
+    PACE_FACTOR,
+    LeaseState,
+    LeaseTable,
+)
 from baton.kvtransfer.progress import KVReady
 from baton.types import (
     BlockId,
@@ -335,6 +341,33 @@ def test_waiting_for_the_prefill_is_not_stalling(table: LeaseTable) -> None:
     table.ready(LEG, 32, 10 * STALL_MS)
     assert table.tick(11 * STALL_MS) == []
     assert [type(e) for e in table.tick(11 * STALL_MS + 1)] == [CutAttachment]
+
+
+def test_a_slow_link_has_as_long_as_its_bytes_take(table: LeaseTable) -> None:
+    """What a consumer has credit for takes it three seconds: it may take nothing for so long."""
+    slow = granted(table.attach(1, TICKET.transfer_id, 0, 0, pace_ms=3_000)).epoch
+    fast = granted(table.attach(2, TICKET.transfer_id, 0, 0, pace_ms=0)).epoch
+    (cut,) = table.tick(STALL_MS + 1)
+    assert cut == CutAttachment(fast, Cause.TRANSFER_STALLED, "no progress")
+    assert table.tick(STALL_MS + PACE_FACTOR * 3_000) == []
+    (cut,) = table.tick(STALL_MS + PACE_FACTOR * 3_000 + 1)
+    assert cut == CutAttachment(slow, Cause.TRANSFER_STALLED, "no progress")
+
+
+def test_nobody_holds_a_lease_by_claiming_to_be_slow(table: LeaseTable) -> None:
+    table.attach(1, TICKET.transfer_id, 0, 0, pace_ms=2**32 - 1)
+    assert table.tick(STALL_MS + PACE_FACTOR * MAX_PACE_MS) == []
+    assert len(table.tick(STALL_MS + PACE_FACTOR * MAX_PACE_MS + 1)) == 1
+
+
+def test_the_pace_is_kept_while_the_lease_is_pinned_again(table: LeaseTable) -> None:
+    epoch = granted(table.attach(1, TICKET.transfer_id, 0, 0)).epoch
+    table.done(epoch)
+    table.closed(epoch, 0)
+    table.attach(2, TICKET.transfer_id, 0, 0, pace_ms=3_000)
+    assert len(table.pinned(LEG, 0)) == 1
+    assert table.tick(STALL_MS + PACE_FACTOR * 3_000) == []
+    assert len(table.tick(STALL_MS + PACE_FACTOR * 3_000 + 1)) == 1
 
 
 def test_expiry_spares_a_reader_that_makes_progress(table: LeaseTable) -> None:

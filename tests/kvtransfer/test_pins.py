@@ -12,6 +12,7 @@ from baton.kvtransfer.effects import (
     PinPrefix,
     UnpinPrefix,
 )
+from baton.kvtransfer.lease import PACE_FACTOR
 from baton.kvtransfer.pins import MAX_PINS, PinTable
 from baton.types import BlockHash, BlockId
 
@@ -68,6 +69,13 @@ def test_a_reader_that_takes_nothing_is_cut_once(table: PinTable) -> None:
     # It holds its blocks until it has stopped.
     assert len(table) == 1
     assert table.closed(epoch) == [UnpinPrefix(1)]
+
+
+def test_a_slow_link_has_as_long_as_its_bytes_take(table: PinTable) -> None:
+    table.attach(1, HASHES, 0, pace_ms=3_000)
+    table.pinned(1, BLOCKS, 32, 0)
+    assert table.tick(STALL_MS + PACE_FACTOR * 3_000) == []
+    assert len(table.tick(STALL_MS + PACE_FACTOR * 3_000 + 1)) == 1
 
 
 def test_all_are_cut_at_the_end(table: PinTable) -> None:

@@ -34,7 +34,7 @@ from baton.worker.exports import (
     parse_end_payload,
 )
 from baton.worker.fetch_queue import MAX_PER_LINK
-from baton.worker.fetches import FetchDesk
+from baton.worker.fetches import FetchDesk, _pace_ms
 
 LEG = LegId("r", 1)
 LAYOUT = KVLayout((KVGroup(KVKind.FULL, 1, 1, 4, "float32"),), block_size=16)
@@ -194,6 +194,7 @@ class ScriptedTransport:
         self.name = name
         self._script = script
         self.num_fetches = 0
+        self.pace_ms = 0
         self.unreachable: set[str] = set()
 
     async def start(self, source: FrameSource) -> TransportAddress:
@@ -206,6 +207,7 @@ class ScriptedTransport:
         self, peer: TransportAddress, fetch: FetchOpen, sink: FrameSink
     ) -> TransferStats:
         self.num_fetches += 1
+        self.pace_ms = fetch.pace_ms
         if isinstance(self._script, Exception):
             raise self._script
         if self._script is None:
@@ -289,6 +291,26 @@ async def test_an_address_that_is_out_of_reach_is_not_tried() -> None:
     await run(desk)
     assert outcomes.seen[0][1].transport == "two"
     assert near.num_fetches == 0
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "predicted_ms", "expected"),
+    [(0, 0.0, 0), (1000, 0.2, 1), (8 << 20, 500.0, 500), (80 << 20, 5000.0, 500)],
+)
+def test_the_pace_is_of_what_there_is_credit_for(
+    num_bytes: int, predicted_ms: float, expected: int
+) -> None:
+    assert _pace_ms(FETCH, num_bytes, predicted_ms) == expected
+
+
+async def test_the_producer_is_told_how_slow_the_link_was_measured() -> None:
+    transport = ScriptedTransport("one", None)
+    desk, _ = make(transport)
+    desk.start(replace(ORDER, fetch=replace(FETCH, range=KVRange(0, 1, 0, 16))))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert transport.pace_ms == 1
+    await desk.close()
 
 
 async def test_fetches_beyond_the_bound_wait_their_turn() -> None:

@@ -1,9 +1,10 @@
-"""A block is not reused while a slow writer is still at it: real engines, real transports. The same
-scene with the quarantine switched off must go wrong, or it proves nothing."""
+"""A block is not reused while a slow writer or reader is still at it: real engines, real
+transports. The same scenes with the quarantine switched off must go wrong, or they prove nothing.
+"""
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from baton.engine.commands import AddLocal
 from baton.engine.events import LegTokens
 from baton.engine.runner import ModelRunner
+from baton.errors import Cause
 from baton.kvtransfer.local import LocalNetwork
-from baton.messages import Abort, Admitted, ComputeLocally, Release
+from baton.messages import Abort, Admitted, ComputeLocally, KvFailed, Release
 from baton.types import LegId, Request, SamplingParams
 from tests.engine.tiny_models import load_tiny_runner, make_core, random_prompts, save_tiny_model
 from tests.kvtransfer.support import grpc_end
@@ -37,18 +39,18 @@ def load(folder: Path) -> ModelRunner:
     return load_tiny_runner(folder, block_size=16, dtype="float32", batch_invariant=True)
 
 
-class SlowWriter:
-    """D's transfer thread stops just before it writes its first frame."""
+class Slow:
+    """A transfer thread that stops just before it packs or unpacks its first frame."""
 
-    def __init__(self, unpack: Callable[..., None]) -> None:
+    def __init__(self, copy: Callable[..., Any]) -> None:
         self.has_begun = threading.Event()
-        self.may_write = threading.Event()
-        self._unpack = unpack
+        self.may_go_on = threading.Event()
+        self._copy = copy
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, *args: Any) -> Any:
         self.has_begun.set()
-        assert self.may_write.wait(60)
-        self._unpack(*args)
+        assert self.may_go_on.wait(60)
+        return self._copy(*args)
 
 
 @pytest.fixture(params=["local", "grpc"])
@@ -91,7 +93,7 @@ async def reuse_while_writing(p: LocalWorker, d: LocalWorker, expected: list[int
     client = Client()
     prompts = random_prompts(PROMPT_LEN, PROMPT_LEN, seed=3)
     memory = d.worker._plane.memory
-    writer = SlowWriter(memory.unpack)
+    writer = Slow(memory.unpack)
     memory.unpack = writer  # type: ignore[method-assign]
     answer = client.answer(client.request(prompts[0], SAMPLING))
     p_leg = await client.prefill(p, answer)
@@ -107,12 +109,51 @@ async def reuse_while_writing(p: LocalWorker, d: LocalWorker, expected: list[int
             await d.expect(leg, Admitted)
     except TimeoutError:
         assert d.core.pool.num_quarantined > 0
-        writer.may_write.set()
+        writer.may_go_on.set()
         await d.expect(leg, Admitted)
     await client.tokens(d, leg, second, at_least=2)
-    writer.may_write.set()
+    writer.may_go_on.set()
     await client.tokens(d, leg, second)
     assert second.token_ids[0] == expected
+
+
+async def reuse_while_reading(p: LocalWorker, d: LocalWorker, expected: list[int]) -> None:
+    """A lease ends in the middle of a read; a second request needs the same blocks.
+
+    Raises:
+        AssertionError: they have a new owner before the reader has stopped.
+    """
+    client = Client()
+    prompts = random_prompts(PROMPT_LEN, PROMPT_LEN, seed=3)
+    memory = p.worker._plane.memory
+    reader = Slow(memory.pack)
+    memory.pack = reader  # type: ignore[method-assign]
+    answer = client.answer(client.request(prompts[0], SAMPLING))
+    p_leg = await client.prefill(p, answer)
+    d_leg = client.bind(p, d, answer)
+    assert await asyncio.to_thread(reader.has_begun.wait, 30)
+    await client.first_tokens(p, p_leg, answer)
+    p.send(Release(p_leg))
+    second = client.answer(client.request(prompts[1], SAMPLING))
+    leg = client.leg(second.request)
+    p.send(ComputeLocally(leg, second.request))
+    try:
+        async with asyncio.timeout(1.0):
+            await p.expect(leg, Admitted)
+        raise AssertionError("the blocks have a new owner while they are read")
+    except TimeoutError:
+        assert p.core.pool.num_quarantined > 0
+    finally:
+        reader.may_go_on.set()
+    await p.expect(leg, Admitted)
+    await client.tokens(p, leg, second)
+    assert second.token_ids[0] == expected
+    assert (await d.expect(d_leg, KvFailed)).cause is Cause.LEASE_UNKNOWN
+    d.send(Abort(d_leg))
+
+
+SCENES = [reuse_while_writing, reuse_while_reading]
+Scene = Callable[[LocalWorker, LocalWorker, list[int]], Awaitable[None]]
 
 
 @pytest.fixture
@@ -121,16 +162,18 @@ def expected(folder: Path) -> list[int]:
     return oracle(folder, Client().request(prompts[1], SAMPLING))
 
 
-async def test_blocks_wait_for_their_writer(
-    workers: tuple[LocalWorker, LocalWorker], expected: list[int]
+@pytest.mark.parametrize("scene", SCENES)
+async def test_blocks_wait_for_their_writer_or_reader(
+    workers: tuple[LocalWorker, LocalWorker], expected: list[int], scene: Scene
 ) -> None:
-    await reuse_while_writing(*workers, expected)
+    await scene(*workers, expected)
     for worker in workers:
         await worker.assert_clean()
 
 
-async def test_without_the_quarantine_a_late_write_is_seen(
-    workers: tuple[LocalWorker, LocalWorker], expected: list[int]
+@pytest.mark.parametrize("scene", SCENES)
+async def test_without_the_quarantine_they_do_not(
+    workers: tuple[LocalWorker, LocalWorker], expected: list[int], scene: Scene
 ) -> None:
     with quarantine_off(), pytest.raises(AssertionError):
-        await reuse_while_writing(*workers, expected)
+        await scene(*workers, expected)
