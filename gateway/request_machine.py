@@ -267,7 +267,8 @@ class RequestMachine:
         if verdict_at_ms is not None:
             if now_ms >= verdict_at_ms:
                 self._end(Cause.WORKER_LOST, "several workers were lost computing it")
-            self.wake_at_ms = min(self.wake_at_ms, verdict_at_ms)
+            else:
+                self.wake_at_ms = min(self.wake_at_ms, verdict_at_ms)
         elif self._prefill is None:
             self._route(self._planner.plan(self._need(now_ms)), now_ms)
         elif self._prefill.ticket is not None:

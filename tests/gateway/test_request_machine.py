@@ -465,6 +465,7 @@ def test_poison_is_not_tried_a_third_time() -> None:
     gateway.wait(3000)
     assert gateway.ended is not None
     assert gateway.ended.cause is Cause.WORKER_LOST
+    assert gateway.dispatcher.next_wake_ms == float("inf"), "nobody is woken any more"
     assert gateway.take() == []
 
 
