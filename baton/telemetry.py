@@ -125,9 +125,7 @@ class WorkerMetrics(_Metrics):
         self.prefill_tokens = self._counter("prefill_tokens", "Tokens prefilled.")
         self.preemptions = self._counter("preemptions", "Preempted legs.")
         self.prefills = self._counter("prefills", "Legs by where their KV came from.", "kind")
-        self.kv_transfer_bytes = self._counter(
-            "kv_transfer_bytes", "KV moved.", "transport", "direction"
-        )
+        self.kv_transfer_bytes = self._counter("kv_transfer_bytes", "KV fetched.", "transport")
         self.kv_transfer_s = self._seconds("kv_transfer", "Duration of one fetch.", "transport")
         self.prefix_fetches = self._counter(
             "prefix_fetches", "Prefixes fetched by hash, by how it ended.", "outcome"
@@ -149,6 +147,8 @@ class WorkerMetrics(_Metrics):
             "cause",
         )
         self.kv_frames = self._counter("kv_frames", "Verified frames.", "transport")
+        self.attachments = self._gauge("kv_attachments", "Consumers that read KV here now.")
+        self.fetches = self._gauge("kv_fetches", "Fetches of this consumer.", "state")
 
 
 @dataclass(slots=True)

@@ -28,6 +28,7 @@ from baton.gateway.body import json_route
 from baton.gateway.context import Context
 from baton.gateway.errors import ERROR_RESPONSES, api_error
 from baton.gateway.limits import Guard
+from baton.gateway.link_metrics import LinkMetrics
 
 Lifespan = Callable[[], AbstractAsyncContextManager[None]]
 
@@ -64,6 +65,7 @@ def create_app(context: Context, lifespan: Lifespan = _nothing) -> FastAPI:
     app.include_router(models.models_router(context))
     app.include_router(cluster.cluster_router(context))
     _add_probes(app, context)
+    context.metrics.registry.register(LinkMetrics(lambda: context.backend.topology().links))
     on_exception = _exception_handler(context)
     for kind in (BatonError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, on_exception)

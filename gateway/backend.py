@@ -6,6 +6,7 @@ usage, SSE. The routing side (router, request machine, sessions) implements `Bac
 everything that has to do with workers. Both run on one event loop; nothing here is thread-safe.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -54,16 +55,37 @@ class WorkerView:
 
 
 @dataclass(frozen=True, slots=True)
+class Moved:
+    """By fetches that ended well."""
+
+    num_transfers: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class LinkView:
-    """What went from one producer to one consumer so far; only links that moved something."""
+    """What went from one producer to one consumer so far; only links that were tried."""
 
     source: str  # worker_id of P
     target: str  # worker_id of D
     transport: str  # the one used last
-    num_transfers: int
-    num_bytes: int
     bytes_per_s: float  # measured, smoothed
-    num_failures: int = 0
+    moved: Mapping[str, Moved]  # by transport
+    failures: Mapping[Cause, int] = field(default_factory=dict)  # fetches that ended early
+    in_flight_bytes: int = 0  # expected of fetches under way
+
+    @property
+    def num_transfers(self) -> int:
+        return sum(moved.num_transfers for moved in self.moved.values())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(moved.num_bytes for moved in self.moved.values())
+
+    @property
+    def num_failures(self) -> int:
+        return sum(self.failures.values())
 
 
 class Disaggregation(StrEnum):

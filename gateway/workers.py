@@ -2,10 +2,12 @@
 has sent but not yet seen accounted for. The fleet is the router's input and nothing else writes to
 it than the session's messages."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from baton.gateway.backend import ClusterView, LinkView, WorkerState, WorkerView
+from baton.errors import Cause
+from baton.gateway.backend import ClusterView, LinkView, Moved, WorkerState, WorkerView
 from baton.latency import LatencyModel, LinkModel
 from baton.messages import (
     Abort,
@@ -100,19 +102,31 @@ class Link:
     target: str
     model: LinkModel = field(default_factory=LinkModel)
     transport: str = ""
-    num_transfers: int = 0
-    num_bytes: int = 0
-    num_failures: int = 0
+    moved: dict[str, Moved] = field(default_factory=dict)
+    failures: Counter[Cause] = field(default_factory=Counter)
+
+    def count(self, stats: TransferStats) -> None:
+        self.transport = stats.transport
+        before = self.moved.get(stats.transport, Moved())
+        self.moved[stats.transport] = Moved(
+            before.num_transfers + 1,
+            before.num_bytes + stats.num_bytes,
+            before.seconds + stats.duration_ms / 1e3,
+        )
+
+    @property
+    def was_tried(self) -> bool:
+        return bool(self.moved or self.failures)
 
     def view(self) -> LinkView:
         return LinkView(
             self.source,
             self.target,
             self.transport,
-            self.num_transfers,
-            self.num_bytes,
             self.model.bytes_per_ms * 1e3,
-            self.num_failures,
+            dict(self.moved),
+            dict(self.failures),
+            self.model.in_flight_bytes,
         )
 
 
@@ -193,18 +207,19 @@ class Fleet:
         link.model.started(num_bytes)
         self._transfers[leg] = (link, num_bytes)
 
-    def transfer_ended(self, leg: LegId, stats: TransferStats | None, failed: bool = False) -> None:
+    def transfer_ended(
+        self, leg: LegId, stats: TransferStats | None, failure: Cause | None = None
+    ) -> None:
         """Take a transfer off its link's queue and learn from it."""
         link, num_bytes = self._transfers.pop(leg, (None, 0))
         if link is None:
             return
         link.model.ended(num_bytes)
-        link.num_failures += failed
+        if failure is not None:
+            link.failures[failure] += 1
         if stats is not None:
             link.model.observe(stats.num_bytes, stats.duration_ms)
-            link.transport = stats.transport
-            link.num_transfers += 1
-            link.num_bytes += stats.num_bytes
+            link.count(stats)
 
     def received(self, worker_id: str, batch: StepBatch) -> None:
         """Apply a batch's snapshot and timing, and stop counting what it answers."""
@@ -227,10 +242,12 @@ class Fleet:
             case Imported(_, stats):
                 self.transfer_ended(leg, stats)
             case Admitted(_, _, _, prefix):
-                moved = None if prefix is None else prefix.stats
-                self.transfer_ended(leg, moved, failed=prefix is not None and moved is None)
-            case KvFailed():
-                self.transfer_ended(leg, None, failed=True)
+                if prefix is None:
+                    self.transfer_ended(leg, None)
+                else:
+                    self.transfer_ended(leg, prefix.stats, prefix.cause)
+            case KvFailed(_, _, cause):
+                self.transfer_ended(leg, None, cause)
             case NoRoom() | Failed():
                 self.transfer_ended(leg, None)
             case _:
@@ -240,5 +257,5 @@ class Fleet:
         links = sorted(self._links.items())
         return ClusterView(
             tuple(worker.view() for worker in self),
-            tuple(link.view() for _, link in links if link.num_transfers or link.num_failures),
+            tuple(link.view() for _, link in links if link.was_tried),
         )

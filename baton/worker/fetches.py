@@ -80,6 +80,11 @@ class FetchDesk:
     def __len__(self) -> int:
         return len(self._tasks)
 
+    @property
+    def num_waiting(self) -> int:
+        """Of them, for their turn."""
+        return self._queue.num_waiting
+
     def start(self, order: FetchKV) -> None:
         fetch = _Fetch(self, order)
         task = asyncio.create_task(fetch.run(), name=f"fetch {order.leg}")

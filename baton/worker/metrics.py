@@ -1,6 +1,8 @@
 """A worker's Prometheus metrics: fed from what it does, served over HTTP."""
 
 from collections import Counter
+from collections.abc import Sized
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client import Counter as PrometheusCounter
@@ -38,6 +40,15 @@ class _Tally:
                 self._seen[key] = count
 
 
+class Fetching(Protocol):
+    """What is asked of `baton.worker.fetches.FetchDesk`."""
+
+    @property
+    def num_waiting(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+
 class MetricsObserver:
     """Feeds `WorkerMetrics`."""
 
@@ -45,14 +56,21 @@ class MetricsObserver:
         self._metrics = metrics
         self._tallies: list[_Tally] = []
 
-    def watch(self, producer: ProducerSide) -> None:
-        """Show what this side of the exchange counts."""
+    def watch(self, producer: ProducerSide, exports: Sized, fetches: Fetching) -> None:
+        """Show what the two sides of the exchange count, and what is under way now."""
         for name in COUNTS:  # each is there from the start
             self._metrics.lease_events.labels(name)
         self._tallies = [
             _Tally(producer.leases.counts, self._metrics.lease_events),
             _Tally(producer.refusals, self._metrics.attach_refusals),
         ]
+        # Read when they are scraped, on another thread: lengths, so any moment's will do.
+        self._metrics.attachments.set_function(lambda: len(exports))
+        for state, count in {
+            "running": lambda: len(fetches) - fetches.num_waiting,
+            "waiting": lambda: fetches.num_waiting,
+        }.items():
+            self._metrics.fetches.labels(state).set_function(count)
 
     def stepped(self, output: StepOutput) -> None:
         metrics = self._metrics
@@ -99,7 +117,7 @@ class MetricsObserver:
             self._moved(prefix.stats)
 
     def _moved(self, stats: TransferStats) -> None:
-        self._metrics.kv_transfer_bytes.labels(stats.transport, "in").inc(stats.num_bytes)
+        self._metrics.kv_transfer_bytes.labels(stats.transport).inc(stats.num_bytes)
         self._metrics.kv_transfer_s.labels(stats.transport).observe(stats.duration_ms / 1e3)
         self._metrics.kv_frames.labels(stats.transport).inc(stats.num_frames)
 

@@ -90,7 +90,8 @@ class WorkerProcess:
             self._failpoints,
             runner.grammars,
         )
-        self._metrics.observer.watch(worker.runtime.machine.producer)
+        runtime = worker.runtime
+        self._metrics.observer.watch(runtime.machine.producer, runtime.exports, worker.fetches)
         self._service = WorkerService(worker.runtime, self._registration.inventory, worker.score)
         self._service.add_to(self._server.grpc)
         worker.start()

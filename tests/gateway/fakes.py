@@ -5,10 +5,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from baton.errors import BatonError
+from baton.errors import BatonError, Cause
 from baton.gateway.backend import (
     ClusterView,
     LinkView,
+    Moved,
     PrefillPath,
     RequestReport,
     ServedModel,
@@ -115,7 +116,8 @@ class FakeBackend:
             snapshot=load,
         )
         other = replace(worker, worker_id="d0", role=Role.DECODE)
-        link = LinkView("p0", "d0", "grpc", num_transfers=1, num_bytes=4096, bytes_per_s=1e6)
+        moved, failures = {"grpc": Moved(1, 4096, 0.5)}, {Cause.FRAME_CORRUPT: 2}
+        link = LinkView("p0", "d0", "grpc", 1e6, moved, failures, in_flight_bytes=512)
         return ClusterView((worker, other), (link,))
 
     async def score(self, request: Request) -> tuple[Logprobs, ...]:

@@ -69,7 +69,18 @@ async def test_cluster(client: httpx.AsyncClient) -> None:
     assert worker.items() >= expected.items()
     (link,) = body["links"]
     assert (link["source"], link["target"], link["transport"]) == ("p0", "d0", "grpc")
-    assert (link["num_bytes"], link["bytes_per_s"]) == (4096, 1e6)
+    assert (link["num_bytes"], link["bytes_per_s"], link["in_flight_bytes"]) == (4096, 1e6, 512)
+    assert (link["num_failures"], link["failures"]) == (2, {"frame_corrupt": 2})
+
+
+async def test_metrics_of_links(client: httpx.AsyncClient) -> None:
+    found = samples((await client.get("/metrics")).text)
+    assert found["baton_kv_link_transfers_total", "p0", "d0", "grpc"] == 1
+    assert found["baton_kv_link_bytes_total", "p0", "d0", "grpc"] == 4096
+    assert found["baton_kv_link_seconds_total", "p0", "d0", "grpc"] == 0.5
+    assert found["baton_kv_link_failures_total", "frame_corrupt", "p0", "d0"] == 2
+    assert found["baton_kv_link_rate_bytes_per_second", "p0", "d0"] == 1e6
+    assert found["baton_kv_link_in_flight_bytes", "p0", "d0"] == 512
 
 
 async def test_metrics(client: httpx.AsyncClient, backend: FakeBackend) -> None:

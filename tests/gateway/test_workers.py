@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from baton.errors import Cause
-from baton.gateway.backend import WorkerState
+from baton.gateway.backend import Moved, WorkerState
 from baton.gateway.workers import Fleet, Worker
 from baton.messages import (
     Abort,
@@ -94,10 +94,13 @@ def test_a_transfer_is_in_flight_until_it_ends(
     of.transfer_started(LEG, "p", "d", 1000)
     assert of.link("p", "d").model.in_flight_bytes == 1000
     of.received("d", StepBatch((answer,), IDLE))
-    link = of.link("p", "d")
-    assert link.model.in_flight_bytes == 0
-    assert (link.num_transfers, link.num_failures) == (num_transfers, num_failures)
-    assert len(of.view().links) == num_transfers + num_failures
+    assert of.link("p", "d").model.in_flight_bytes == 0
+    views = of.view().links
+    assert len(views) == num_transfers + num_failures
+    if num_transfers:
+        assert views[0].moved == {"grpc": Moved(1, 900, 0.003)}
+    if num_failures:
+        assert views[0].failures == {Cause.TRANSPORT_FAILED: 1}
 
 
 def test_a_lost_worker_holds_nothing_and_can_be_forgotten() -> None:

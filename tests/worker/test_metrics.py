@@ -39,7 +39,7 @@ def test_what_a_worker_did_is_served() -> None:
         "baton_prefill_tokens_total 7.0",
         'baton_leg_failures_total{cause="step_failed"} 1.0',
         'baton_prefills_total{kind="remote"} 1.0',
-        'baton_kv_transfer_bytes_total{direction="in",transport="ucx"} 100.0',
+        'baton_kv_transfer_bytes_total{transport="ucx"} 100.0',
         'baton_kv_transfer_seconds_count{transport="ucx"} 1.0',
         "baton_step_seconds_count 1.0",
         'baton_kv_frames_total{transport="ucx"} 4.0',
@@ -48,16 +48,24 @@ def test_what_a_worker_did_is_served() -> None:
         assert expected in lines
 
 
+class Fetches(list[int]):
+    num_waiting = 1
+
+
 def test_what_the_exchange_counts_is_passed_on_once() -> None:
     registry = CollectorRegistry()
     observer = MetricsObserver(WorkerMetrics(registry))
     leases, refusals = Counter({"opened": 2}), Counter({Cause.TICKET_FORGED: 1})
+    exports, fetches = [1, 2], Fetches([3, 4, 5])
     producer = SimpleNamespace(leases=SimpleNamespace(counts=leases), refusals=refusals)
-    observer.watch(cast("Any", producer))
+    observer.watch(cast("Any", producer), exports, fetches)
 
     def value(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(f"baton_kv_{name}_total", labels)
 
+    assert registry.get_sample_value("baton_kv_attachments") == 2
+    assert registry.get_sample_value("baton_kv_fetches", {"state": "running"}) == 2
+    assert registry.get_sample_value("baton_kv_fetches", {"state": "waiting"}) == 1
     assert [value("lease_events", event=name) for name in COUNTS] == [0.0] * len(COUNTS)
     for _ in range(2):
         observer.sent(StepBatch((), SNAPSHOT))

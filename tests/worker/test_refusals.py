@@ -63,7 +63,7 @@ UCX = [
         importlib.util.find_spec("ucxx") is None, reason="the ucx extra is not installed"
     ),
 ]
-TRANSPORTS = ["grpc", pytest.param("ucx", marks=UCX)]
+TRANSPORTS = ["grpc", "shm", pytest.param("ucx", marks=UCX)]
 
 
 @dataclass
@@ -233,6 +233,14 @@ async def test_a_ticket_is_void_at_another_worker(scene: Scene) -> None:
         with pytest.raises(BatonError) as caught:
             await elsewhere.fetch(scene.fetch_open())
         assert caught.value.cause is Cause.LEASE_UNKNOWN
+
+
+async def test_an_expired_ticket_is_refused_however_well_it_is_signed(scene: Scene) -> None:
+    keyring: TicketKeyring = scene.p.worker.runtime.machine.producer._keyring
+    expired = keyring.mint(replace(scene.ticket, expires_at_ms=1))
+    with pytest.raises(BatonError) as caught:
+        await scene.fetch(scene.fetch_open(source=expired))
+    assert caught.value.cause is Cause.TICKET_EXPIRED
 
 
 async def test_tickets_of_two_keys_are_valid_and_of_a_third_are_not(scene: Scene) -> None:
