@@ -1,21 +1,22 @@
 """How fast KV moves between two processes, beside what the machine can do.
 
-    python -m bench.kv_transfer [--sizes 1b,1m,16m,64m,256m] [--transports shm,grpc] [--repeats 5]
+    python -m bench.kv_transfer [--sizes 1b,1m,16m,64m] [--transports shm,grpc] [--repeats 5]
 
 Two rows per transport and size:
 
     transport     frames that are packed and checksummed already, taken and dropped
     pool to pool  pack, checksum, move, verify, unpack
 
-and, measured in the same run, in turn with them: a bare one-stream loopback TCP copy (1 MiB sends),
-a memcpy, and an empty streaming call. Rates are medians over the repeats; ratios are medians of the
-ratios within a repeat, so that a machine that slows down meanwhile does not falsify them. CPU
-seconds are of both processes. The KV is that of a 0.5B-parameter model: 24 layers, 2 KV heads of
-64, bfloat16, blocks of 16 tokens; 1b is one block (192 KiB).
+and, measured in the same run right before each of them: a bare one-stream loopback TCP copy (1 MiB
+sends) and a memcpy; an empty streaming call is a row of its own. Each row is taken `--repeats`
+times in turn with the others and the best counts, on both sides of a ratio: noise only ever adds
+time. CPU seconds are of both processes. The KV is that of a 0.5B-parameter model: 24 layers, 2 KV
+heads of 64, bfloat16, blocks of 16 tokens; 1b is one block (192 KiB).
 """
 
 import argparse
 import asyncio
+import json
 import multiprocessing
 import socket
 import threading
@@ -24,7 +25,9 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -184,10 +187,12 @@ class Counter:
 
 @dataclass
 class Samples:
-    """Of one row: one entry per repeat."""
+    """Of one row: one entry per repeat; the limits are measured right before it."""
 
     seconds: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
+    tcp_s: list[float] = field(default_factory=list)
+    memcpy_s: list[float] = field(default_factory=list)
     num_frames: int = 0
 
 
@@ -218,14 +223,13 @@ class Bench:
         target[:num_bytes] = source[:num_bytes]
         return time.perf_counter() - started_s
 
-    def copy_tcp(self, num_bytes: int, samples: Samples) -> None:
+    def copy_tcp(self, num_bytes: int) -> float:
         target, got = memoryview(self._target), 0
-        cpu_s, started_s = self._cpu_s(), time.perf_counter()
+        started_s = time.perf_counter()
         self._tcp.sendall(num_bytes.to_bytes(8, "little"))
         while got < num_bytes:
             got += self._tcp.recv_into(target[got : min(num_bytes, got + MIB)])
-        samples.seconds.append(time.perf_counter() - started_s)
-        samples.cpu_s.append(self._cpu_s() - cpu_s)
+        return time.perf_counter() - started_s
 
     async def fetch(self, name: str, row: str, num_tokens: int, samples: Samples) -> None:
         fetch = fetch_of(num_tokens, row)
@@ -245,58 +249,78 @@ class Bench:
         self._control.send("cpu")
         return float(self._control.recv()) + time.process_time()
 
-    async def run(self, num_tokens: int, repeats: int) -> None:
+    async def run(self, num_tokens: int, repeats: int) -> list[dict[str, Any]]:
         num_bytes = num_tokens * LAYOUT.token_bytes
-        memcpy, tcp = Samples(), Samples()
         rows = {(name, row): Samples() for name in self._mine for row in (EMPTY, TRANSPORT, POOL)}
         for repeat in range(-1, repeats):  # the first one warms up
-            memcpy.seconds.append(self.memcpy(num_bytes))
-            self.copy_tcp(num_bytes, tcp)
             for (name, row), samples in rows.items():
-                await self.fetch(name, row, num_tokens, samples)
-            if repeat < 0:
-                for samples in (memcpy, tcp, *rows.values()):
-                    samples.seconds.clear()
-                    samples.cpu_s.clear()
-        report(num_bytes, memcpy, tcp, rows)
+                kept = samples if repeat >= 0 else Samples()
+                kept.memcpy_s.append(self.memcpy(num_bytes))
+                kept.tcp_s.append(self.copy_tcp(num_bytes))
+                await self.fetch(name, row, num_tokens, kept)
+        return [describe(name, row, num_bytes, samples) for (name, row), samples in rows.items()]
 
 
-def report(
-    num_bytes: int, memcpy: Samples, tcp: Samples, rows: dict[tuple[str, str], Samples]
-) -> None:
-    def rate(samples: Samples) -> float:
-        return num_bytes / median(samples.seconds) / 1e6
+def describe(name: str, row: str, num_bytes: int, samples: Samples) -> dict[str, Any]:
+    """One line of the report. A ratio is of the best times: what the machine can do, and what we
+    can; `median_ms` says what it was like meanwhile."""
+    best_s = min(samples.seconds)
+    line: dict[str, Any] = {
+        "size": num_bytes,
+        "transport": name,
+        "row": row,
+        "best_ms": best_s * 1e3,
+        "median_ms": median(samples.seconds) * 1e3,
+    }
+    if row != EMPTY:
+        line |= {
+            "mb_s": num_bytes / best_s / 1e6,
+            "of_tcp": min(samples.tcp_s) / best_s,
+            "of_memcpy": min(samples.memcpy_s) / best_s,
+            "frames_s": samples.num_frames / best_s,
+            "cpu_s_gib": min(samples.cpu_s) / (num_bytes / (1 << 30)),
+        }
+    return line
 
-    def ratio(base: Samples, samples: Samples) -> float:
-        return median(b / s for b, s in zip(base.seconds, samples.seconds, strict=True))
 
-    def cpu_s(samples: Samples) -> float:
-        return median(samples.cpu_s) / (num_bytes / (1 << 30))
+_COLUMNS = (
+    ("best_ms", "best ms", 9, 2),
+    ("median_ms", "median", 9, 2),
+    ("mb_s", "MB/s", 7, 0),
+    ("of_tcp", "of TCP", 8, 2),
+    ("of_memcpy", "of memcpy", 11, 2),
+    ("frames_s", "frames/s", 10, 0),
+    ("cpu_s_gib", "CPU s/GiB", 11, 2),
+)
 
-    print(f"\n{num_bytes / MIB:.3g} MiB: memcpy {rate(memcpy):.0f} MB/s", end="")
-    print(f", TCP {rate(tcp):.0f} MB/s with {cpu_s(tcp):.2f} CPU s/GiB")
-    heads = ("ms", 9), ("MB/s", 8), ("of TCP", 8), ("of memcpy", 11), ("frames/s", 10)
-    print(" " * 23 + "".join(f"{head:>{width}}" for head, width in (*heads, ("CPU s/GiB", 11))))
-    for (name, row), samples in rows.items():
-        line = f"  {name:6}{row:15}{median(samples.seconds) * 1e3:9.2f}"
-        if row != EMPTY:
-            frames_s = samples.num_frames / median(samples.seconds)
-            line += f"{rate(samples):8.0f}{ratio(tcp, samples):8.2f}{ratio(memcpy, samples):11.2f}"
-            line += f"{frames_s:10.0f}{cpu_s(samples):11.2f}"
-        print(line)
+
+def show(lines: list[dict[str, Any]]) -> None:
+    size = f"{lines[0]['size'] / MIB:.4g} MiB"
+    print(f"\n{size:23}" + "".join(f"{head:>{width}}" for _, head, width, _ in _COLUMNS))
+    for line in lines:
+        cells = (
+            f"{line[key]:{width}.{digits}f}" for key, _, width, digits in _COLUMNS if key in line
+        )
+        print(f"  {line['transport']:6}{line['row']:15}" + "".join(cells), flush=True)
+
+
+def save(path: str, report: list[dict[str, Any]]) -> None:
+    Path(path).write_text(json.dumps(report, indent=1), encoding="ascii")
 
 
 def tokens_of(size: str) -> int:
-    """'1b' (blocks) or '16m' (MiB) → tokens."""
+    """'1b' (blocks), '16m' (MiB) or '1g' (GiB) → tokens."""
     number, unit = float(size[:-1]), size[-1]
-    return int(number * BLOCK if unit == "b" else number * MIB // LAYOUT.token_bytes)
+    num_bytes = number * (MIB << 10 if unit == "g" else MIB)
+    return int(number * BLOCK if unit == "b" else num_bytes // LAYOUT.token_bytes)
 
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--sizes", default="1b,1m,16m,64m,256m")
+    parser.add_argument("--sizes", default="1b,1m,16m,64m,256m,1g")
     parser.add_argument("--transports", default="shm,ucx,grpc")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--device", default="cpu", help="of both KV pools: cpu or cuda")
     arguments = parser.parse_args()
     sizes = [tokens_of(size) for size in arguments.sizes.split(",")]
@@ -311,11 +335,15 @@ async def main() -> None:
     with socket.create_connection(tcp_address) as tcp:
         async with transports(names) as mine:
             bench = Bench(control, tcp, mine, addresses, max(sizes), arguments.device)
+            report = []
             for num_tokens in sizes:
-                await bench.run(num_tokens, arguments.repeats)
+                report += (lines := await bench.run(num_tokens, arguments.repeats))
+                show(lines)
             bench.close()
     control.send("stop")
     child.join()
+    if arguments.json:
+        save(arguments.json, report)
 
 
 if __name__ == "__main__":
