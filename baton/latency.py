@@ -15,12 +15,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from baton.types import StepTiming
+from baton.types import StepTiming, TransferStats
 
 NUM_FEATURES = 5
 _HUBER = 0.5  # relative error beyond which a step's weight falls as 1 / error
 _REFIT_EVERY = 4  # observations between two fits
 _SWEEPS = 10  # of coordinate descent over five coefficients, from where they are
+_MIN_LINK_BYTES = 64 * 1024
 _PLAUSIBLE_MS = (1e-3, 1e7)  # a duration outside says that a clock is broken
 
 
@@ -154,8 +155,9 @@ class LatencyModel:
 class LinkModel:
     """Of one (producer, consumer) pair: measured rate and what is in flight.
 
-    A fetch that overlaps the prefill lasts as long as the prefill, so its rate is a lower bound of
-    the link's: the estimate follows faster fetches quickly and slower ones slowly.
+    What waits for the prefill says nothing of the link; what was ready when a fetch began does.
+    Even so a slow fetch may be another's doing: the estimate follows faster ones quickly and slower
+    ones slowly.
     """
 
     bytes_per_ms: float = 500_000.0  # 500 MB/s until measured
@@ -176,10 +178,18 @@ class LinkModel:
     def ended(self, num_bytes: int) -> None:
         self.in_flight_bytes = max(0, self.in_flight_bytes - num_bytes)
 
+    def learn(self, stats: TransferStats) -> None:
+        """From a finished fetch: as `observe`, from the part that was ready when it began. All of
+        it together shows that the link is no slower than that."""
+        if stats.ready_bytes >= _MIN_LINK_BYTES:
+            self.observe(stats.ready_bytes, stats.ready_ms)
+        elif stats.num_bytes > self.bytes_per_ms * stats.duration_ms:
+            self.observe(stats.num_bytes, stats.duration_ms)
+
     def observe(self, num_bytes: int, duration_ms: float) -> None:
-        """Learn from a finished fetch. Too small ones say more of latency than of rate and are
+        """Learn from what came without a wait. Too little says more of latency than of rate and is
         ignored."""
-        if num_bytes < 64 * 1024 or not _is_plausible(duration_ms):
+        if num_bytes < _MIN_LINK_BYTES or not _is_plausible(duration_ms):
             return
         rate = num_bytes / duration_ms
         gain = 1.0 if self.num_measured == 0 else 0.5 if rate > self.bytes_per_ms else 0.1

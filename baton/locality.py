@@ -19,6 +19,7 @@ import json
 import logging
 import struct
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 from google.protobuf import json_format
 from redis.asyncio import Redis
@@ -100,6 +101,31 @@ def decode_registration(signer: Signer, key: str, value: bytes) -> WorkerInfo:
     if not key.endswith(f":w:{info.worker_id}"):
         raise ValueError("entry is under another worker's key")
     return info
+
+
+async def read_registrations(
+    redis: Redis, signer: Signer, cluster: str
+) -> tuple[dict[str, WorkerInfo], dict[str, ValueError]]:
+    """(workers by id, entries that are not to be believed by key).
+
+    Raises:
+        RedisError, OSError, TimeoutError: Redis is not there.
+    """
+    pattern = worker_key(cluster, "*")
+    keys = [key.decode() async for key in redis.scan_iter(match=pattern, count=1000)]
+    values = cast("list[bytes | None]", await redis.mget(keys) if keys else [])
+    found: dict[str, WorkerInfo] = {}
+    refused: dict[str, ValueError] = {}
+    for key, value in zip(keys, values, strict=True):
+        if value is None:
+            continue
+        try:
+            info = decode_registration(signer, key, value)
+        except ValueError as error:
+            refused[key] = error
+        else:
+            found[info.worker_id] = info
+    return found, refused
 
 
 def encode_events(events: Iterable[LocalityEvent]) -> bytes:

@@ -214,6 +214,15 @@ class WorkerInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkRate:
+    """How fast KV comes to a worker over one transport, within its host or between hosts."""
+
+    transport: str
+    is_same_host: bool
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerSnapshot:
     """A worker's load, taken between two engine steps."""
 
@@ -229,6 +238,7 @@ class WorkerSnapshot:
     context_tokens: int = 0  # of running decodes
     step_age_ms: float = 0.0  # for how long the present step has been running
     draining: bool = False
+    link_rates: tuple[LinkRate, ...] = ()  # measured; of what is not there nothing is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,4 +281,6 @@ class TransferStats:
     num_frames: int = 0
     num_tokens: int = 0
     duration_ms: float = 0.0
+    ready_bytes: int = 0  # of num_bytes: what did not wait for the prefill
+    ready_ms: float = 0.0  # until those were there: the link's own speed
     attributes: dict[str, str] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from baton.types import (
     KVRange,
     KVTicket,
     LegId,
+    LinkRate,
     Logprobs,
     Request,
     Role,
@@ -284,6 +285,8 @@ def stats_to_pb(stats: TransferStats) -> worker_pb2.TransferStats:
         num_frames=stats.num_frames,
         num_tokens=stats.num_tokens,
         duration_ms=stats.duration_ms,
+        ready_bytes=stats.ready_bytes,
+        ready_ms=stats.ready_ms,
     )
 
 
@@ -294,6 +297,8 @@ def stats_from_pb(message: worker_pb2.TransferStats) -> TransferStats:
         num_frames=message.num_frames,
         num_tokens=message.num_tokens,
         duration_ms=finite(message.duration_ms, "duration_ms"),
+        ready_bytes=message.ready_bytes,
+        ready_ms=finite(message.ready_ms, "ready_ms"),
     )
 
 
@@ -381,10 +386,19 @@ def snapshot_to_pb(snapshot: WorkerSnapshot) -> pb.WorkerSnapshot:
         context_tokens=snapshot.context_tokens,
         step_age_ms=snapshot.step_age_ms,
         draining=snapshot.draining,
+        link_rates=[
+            pb.LinkRate(
+                transport=rate.transport,
+                same_host=rate.is_same_host,
+                bytes_per_s=rate.bytes_per_s,
+            )
+            for rate in snapshot.link_rates
+        ],
     )
 
 
 def snapshot_from_pb(message: pb.WorkerSnapshot) -> WorkerSnapshot:
+    check_len(message.link_rates, MAX_ITEMS, "link_rates")
     return WorkerSnapshot(
         role=role_from_pb(message.role),
         num_running=message.num_running,
@@ -398,6 +412,14 @@ def snapshot_from_pb(message: pb.WorkerSnapshot) -> WorkerSnapshot:
         context_tokens=message.context_tokens,
         step_age_ms=finite(message.step_age_ms, "step_age_ms"),
         draining=message.draining,
+        link_rates=tuple(
+            LinkRate(
+                text(rate.transport, MAX_ID_LEN, "transport"),
+                rate.same_host,
+                finite(rate.bytes_per_s, "bytes_per_s"),
+            )
+            for rate in message.link_rates
+        ),
     )
 
 

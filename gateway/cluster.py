@@ -59,6 +59,14 @@ def worker_body(worker: WorkerView) -> dict[str, Any]:
             "context_tokens": load.context_tokens,
             "step_age_ms": load.step_age_ms,
         },
+        "link_rates": [
+            {
+                "transport": rate.transport,
+                "same_host": rate.is_same_host,
+                "bytes_per_s": rate.bytes_per_s,
+            }
+            for rate in load.link_rates
+        ],
     }
 
 

@@ -9,7 +9,7 @@ inventory.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 from redis.exceptions import RedisError
 
@@ -19,9 +19,8 @@ from baton.locality import (
     Signer,
     connect,
     decode_events,
-    decode_registration,
+    read_registrations,
     stream_key,
-    worker_key,
 )
 from baton.types import BlockHash, WorkerInfo
 
@@ -90,21 +89,11 @@ class Discovery:
             )
 
     async def _read_members(self) -> dict[str, WorkerInfo]:
-        pattern = worker_key(self._cluster, "*")
-        keys = [key.decode() async for key in self._redis.scan_iter(match=pattern, count=1000)]
-        values = cast(list[bytes | None], await self._redis.mget(keys) if keys else [])
-        found: dict[str, WorkerInfo] = {}
-        for key, value in zip(keys, values, strict=True):
-            if value is None:
-                continue
-            try:
-                info = decode_registration(self._signer, key, value)
-            except ValueError as error:
-                if key not in self._refused:
-                    log.warning("registration %s refused: %s", key, error)
-                    self._refused.add(key)
-                continue
-            found[info.worker_id] = info
+        found, refused = await read_registrations(self._redis, self._signer, self._cluster)
+        for key, error in refused.items():
+            if key not in self._refused:
+                log.warning("registration %s refused: %s", key, error)
+                self._refused.add(key)
         return found
 
     def _update(self, found: dict[str, WorkerInfo]) -> None:

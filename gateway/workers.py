@@ -147,7 +147,11 @@ class Fleet:
         return self._workers.get(worker_id)
 
     def link(self, source: str, target: str) -> Link:
-        return self._links.setdefault((source, target), Link(source, target))
+        link = self._links.get((source, target))
+        if link is None:
+            link = self._links[source, target] = Link(source, target)
+            self._inherit(link)
+        return link
 
     def joined(self, info: WorkerInfo) -> Worker:
         """A session said Hello. What was learned of the same incarnation is kept."""
@@ -218,7 +222,7 @@ class Fleet:
         if failure is not None:
             link.failures[failure] += 1
         if stats is not None:
-            link.model.observe(stats.num_bytes, stats.duration_ms)
+            link.model.learn(stats)
             link.count(stats)
 
     def received(self, worker_id: str, batch: StepBatch) -> None:
@@ -226,13 +230,42 @@ class Fleet:
         worker = self._workers.get(worker_id)
         if worker is None:
             return
+        is_news = batch.snapshot.link_rates != worker.snapshot.link_rates
         worker.snapshot = batch.snapshot
+        if is_news:
+            self._learn_rates(worker)
         if batch.timing is not None:
             worker.latency.observe(batch.timing)
         if worker.state in {WorkerState.UP, WorkerState.STUCK}:
             worker.state = WorkerState.STUCK if worker.is_stuck() else WorkerState.UP
         for message in batch.messages:
             self._answered(worker, message)
+
+    def _learn_rates(self, target: Worker) -> None:
+        """Links to it that nothing has come over yet."""
+        for source in self._workers:
+            link = self._links.get((source, target.worker_id))
+            if link is not None and not link.model.num_measured:
+                self._inherit(link)
+
+    def _inherit(self, link: Link) -> None:
+        """A link is taken to be as fast as its class, in the eyes of its target or else of others:
+        the first transport that both ends have and of which somebody knows something."""
+        source, target = self._workers.get(link.source), self._workers.get(link.target)
+        if source is None or target is None:
+            return
+        is_same_host = source.info.host_id == target.info.host_id
+        offered = {address.name for address in source.info.transports}
+        for worker in (target, source, *self):
+            rates = {
+                rate.transport: rate.bytes_per_s
+                for rate in worker.snapshot.link_rates
+                if rate.is_same_host == is_same_host and rate.transport in offered
+            }
+            for address in target.info.transports:  # in its order of preference
+                if address.name in rates:
+                    link.model.bytes_per_ms = max(rates[address.name] / 1e3, 1.0)
+                    return
 
     def _answered(self, worker: Worker, message: LegMessage) -> None:
         leg = message.leg

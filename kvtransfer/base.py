@@ -30,6 +30,13 @@ Buffers = Sequence[bytes | bytearray | memoryview]  # one frame, gathered: heade
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """No KV: so many bytes of zeros, to measure the link."""
+
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class FetchOpen:
     """What a consumer asks for, and what it claims about itself (checked by the producer).
 
@@ -39,7 +46,7 @@ class FetchOpen:
     By hash, `tokens_digest` is the last hash, and what comes may be less than `range`: FetchHave.
     """
 
-    source: KVTicket | HashChain
+    source: KVTicket | HashChain | Probe
     range: KVRange
     layout: KVLayout
     fingerprint: bytes

@@ -3,7 +3,7 @@
 from baton import wire
 from baton.errors import BatonError, Cause
 from baton.grants import HashChain
-from baton.kvtransfer.base import Buffers, FetchOpen
+from baton.kvtransfer.base import Buffers, FetchOpen, Probe
 from baton.types import KVTicket
 from baton.v1 import kv_pb2 as pb
 from baton.wire_prefix import chain_from_pb, chain_to_pb
@@ -54,7 +54,9 @@ def fetch_open_to_pb(fetch: FetchOpen, transport: str, lane: bytes) -> pb.FetchO
         traceparent=fetch.traceparent,
         pace_ms=fetch.pace_ms,
     )
-    if isinstance(fetch.source, HashChain):
+    if isinstance(fetch.source, Probe):
+        message.probe_bytes = fetch.source.num_bytes
+    elif isinstance(fetch.source, HashChain):
         message.chain.CopyFrom(chain_to_pb(fetch.source))
         message.consumer_incarnation = fetch.source.consumer_incarnation
     else:
@@ -85,11 +87,13 @@ def fetch_open_from_pb(message: pb.FetchOpen) -> tuple[FetchOpen, str, bytes]:
     return fetch, wire.text(message.transport, wire.MAX_ID_LEN, "transport"), message.lane
 
 
-def _source_from_pb(message: pb.FetchOpen) -> KVTicket | HashChain:
+def _source_from_pb(message: pb.FetchOpen) -> KVTicket | HashChain | Probe:
     match message.WhichOneof("source"):
         case "ticket":
             return wire.ticket_from_pb(message.ticket)
         case "chain":
             return chain_from_pb(message.chain, message.consumer_incarnation)
+        case "probe_bytes":
+            return Probe(message.probe_bytes)
         case _:
             raise BatonError(Cause.UNSUPPORTED, "a fetch needs a ticket or a chain of hashes")

@@ -53,6 +53,8 @@ class Importer:
             range(where.layer_start, where.layer_stop), where.token_start
         )
         self.num_bytes = 0
+        self.ready_bytes = 0  # what was ready at opening, once it is all there
+        self.ready_ms = 0.0
         self.end_payload: bytes | None = None
 
     @property
@@ -71,7 +73,7 @@ class Importer:
         self._reader = FrameReader(epoch)
         if self._takes_less:
             self._where = covered(self._where, num_ready_tokens)
-        self._num_ready_tokens = num_ready_tokens
+        self._num_ready_tokens = min(num_ready_tokens, self._where.token_stop)
         self._started_s = self._clock()
 
     async def frame(self, *frames: bytes | memoryview) -> bool:
@@ -81,6 +83,10 @@ class Importer:
             self._apply_all(self._reader, frames)  # nothing to copy: it need not queue for that
         else:
             await self._memory.run(self._apply_all, self._reader, frames)
+        is_timed = self._where.token_start < self._num_ready_tokens <= self.valid_tokens
+        if is_timed and not self.ready_bytes:
+            self.ready_bytes = self.num_bytes
+            self.ready_ms = (self._clock() - self._started_s) * 1e3
         return self.is_complete
 
     def _apply_all(self, reader: FrameReader, frames: Sequence[bytes | memoryview]) -> None:
@@ -126,7 +132,7 @@ class Importer:
 
     def patience_s(self) -> float | None:
         """See `FrameSink.patience_s`: finite while KV that was ready at opening is missing."""
-        ready = min(self._num_ready_tokens, self._where.token_stop)
+        ready = self._num_ready_tokens
         if self.valid_tokens >= ready:
             return None
         missing = replace(self._where, token_start=self.valid_tokens, token_stop=ready)

@@ -107,8 +107,10 @@ async def _serve(source: FrameSource, fetch: FetchOpen, consumer: Consumer) -> N
 
     async def send_all() -> None:
         await consumer.opened(attachment.epoch, attachment.num_ready_tokens)
-        async for frame in ahead(attachment.frames(_Staging(consumer)), _PACK_AHEAD):
-            await consumer.send(frame)
+        packed = ahead(attachment.frames(_Staging(consumer)), _PACK_AHEAD)
+        async with aclosing(packed):  # also when sending fails: then nothing may be packed either
+            async for frame in packed:
+                await consumer.send(frame)
 
     sending = asyncio.create_task(send_all())
     failing = asyncio.create_task(attachment.failed())
@@ -123,8 +125,10 @@ async def _serve(source: FrameSource, fetch: FetchOpen, consumer: Consumer) -> N
                 sending.result()
         attachment.done()
     finally:
-        await settle(sending, failing, finishing)
-        await uninterrupted(attachment.close())
+        try:
+            await settle(sending, failing, finishing)
+        finally:  # it raises when it was cancelled meanwhile
+            await uninterrupted(attachment.close())
 
 
 # ── consumer ─────────────────────────────────────────────────────────────────────────────────────

@@ -42,6 +42,7 @@ from baton.types import (
     KVRange,
     KVTicket,
     LegId,
+    LinkRate,
     Logprobs,
     RepetitionDetection,
     Request,
@@ -192,7 +193,7 @@ gateway_message = st.one_of(
     st.builds(Heartbeat, u64),
 )
 cause = st.sampled_from(Cause)
-stats = st.builds(TransferStats, name, u64, u32, u32, duration, st.just({}))
+stats = st.builds(TransferStats, name, u64, u32, u32, duration, u64, duration, st.just({}))
 fetched = st.builds(PrefixFetched, u32, st.none() | cause, st.none() | stats)
 leg_message = st.one_of(
     st.builds(Queued, leg),
@@ -228,7 +229,12 @@ info = st.builds(
     protocol=st.tuples(u32, u32),
 )
 snapshot = st.builds(
-    WorkerSnapshot, st.sampled_from(Role), *[u32] * 9, step_age_ms=duration, draining=st.booleans()
+    WorkerSnapshot,
+    st.sampled_from(Role),
+    *[u32] * 9,
+    step_age_ms=duration,
+    draining=st.booleans(),
+    link_rates=st.lists(st.builds(LinkRate, name, st.booleans(), duration), max_size=3).map(tuple),
 )
 batch = st.builds(
     StepBatch,

@@ -9,6 +9,7 @@ from baton.kvtransfer.calls import FetchCalls
 from baton.kvtransfer.exporter import Exporter
 from baton.kvtransfer.memory import KVMemory
 from baton.kvtransfer.negotiate import make_transports
+from baton.kvtransfer.probe import ProbedSource
 from baton.rpc import ClusterToken
 from baton.types import TransportAddress
 from baton.worker.exports import ExportDesk
@@ -33,8 +34,8 @@ class DataPlane:
         self._calls = calls
 
     async def start(self) -> tuple[TransportAddress, ...]:
-        exporter = Exporter(self.memory, self.exports)
-        return tuple([await transport.start(exporter) for transport in self.transports])
+        source = ProbedSource(Exporter(self.memory, self.exports))
+        return tuple([await transport.start(source) for transport in self.transports])
 
     async def close(self) -> None:
         for transport in self.transports:

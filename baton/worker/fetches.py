@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import ceil
 from typing import Protocol
 
@@ -12,14 +12,14 @@ from baton.errors import BatonError, Cause
 from baton.grants import HashChain
 from baton.kvtransfer.base import FetchOpen, Transport
 from baton.kvtransfer.exporter import FRAME_BYTES
-from baton.kvtransfer.importer import INITIAL_RATE_BYTES_S, Importer
+from baton.kvtransfer.importer import Importer
 from baton.kvtransfer.memory import KVMemory
 from baton.kvtransfer.negotiate import choose
-from baton.latency import LinkModel
 from baton.types import LegId, TokenChunk, TransferStats, TransportAddress
 from baton.worker.effects import FetchKV
 from baton.worker.exports import parse_end_payload
 from baton.worker.fetch_queue import FetchQueue
+from baton.worker.link_table import Link, LinkTable
 
 log = logging.getLogger(__name__)
 
@@ -39,17 +39,6 @@ class FetchEvents(Protocol):
     def fetch_failed(self, leg: LegId, valid_tokens: int, cause: Cause, detail: str) -> None: ...
 
 
-@dataclass(slots=True)
-class _Link:
-    """To one producer over one transport."""
-
-    model: LinkModel = field(
-        default_factory=lambda: LinkModel(bytes_per_ms=INITIAL_RATE_BYTES_S / 1e3)
-    )
-    avoid_until_s: float = 0.0
-    used_at_s: float = 0.0
-
-
 class FetchDesk:
     """Owns the tasks that fetch. Every `start` ends in one fetch_ended or fetch_failed.
 
@@ -62,18 +51,20 @@ class FetchDesk:
         memory: KVMemory,
         transports: Sequence[Transport],
         host_id: str,
+        links: LinkTable,
     ) -> None:
         """
         Args:
             transports: in our order of preference.
             host_id: of this worker.
+            links: what is known of the links to producers; learns from every fetch.
         """
         self._events = events
         self._memory = memory
         self._host_id = host_id
         self._transports = {transport.name: transport for transport in transports}
         self._tasks: dict[LegId, asyncio.Task[TransferStats]] = {}
-        self._links: dict[TransportAddress, _Link] = {}
+        self._links = links
         self._queue = FetchQueue()
         self._turns: dict[LegId, asyncio.Future[None]] = {}
 
@@ -107,14 +98,14 @@ class FetchDesk:
 
     # ── links ────────────────────────────────────────────────────────────────────────────────────
 
-    def choose(self, order: FetchKV) -> tuple[Transport, TransportAddress, _Link]:
+    def choose(self, order: FetchKV) -> tuple[Transport, TransportAddress, Link]:
         """The first of our transports that the producer offers and that has not just failed.
 
         Raises:
             BatonError: UNSUPPORTED; there is no common one.
         """
         now_s = time.monotonic()
-        avoid = {where for where, link in self._links.items() if link.avoid_until_s > now_s}
+        avoid = self._links.to_avoid(now_s)
         is_same_host = order.host_id == self._host_id
         offered = [
             address
@@ -122,19 +113,13 @@ class FetchDesk:
             if address.name in self._transports and self._transports[address.name].reaches(address)
         ]
         address = choose(tuple(self._transports), offered, is_same_host, avoid)
-        link = self._links.get(address)
-        if link is None:
-            self._forget_links(now_s)
-            link = self._links[address] = _Link()
-            log.info("KV from %s comes over %s", address.address, address.name)
-        link.used_at_s = now_s
+        if self._links.get(address) is None:
+            self._links.forget(unused_since_s=now_s - FORGET_S)
+        link = self._links.open(address, is_same_host, now_s)
+        if not link.is_chosen:
+            link.is_chosen = True
+            log.info("KV from %s comes over %s", address.address, link.where)
         return self._transports[address.name], address, link
-
-    def _forget_links(self, now_s: float) -> None:
-        """Producers come and go."""
-        for where, link in list(self._links.items()):
-            if now_s - link.used_at_s > FORGET_S:
-                del self._links[where]
 
     async def turn(
         self, order: FetchKV, address: TransportAddress, predicted_ms: float, is_spare: bool
@@ -192,11 +177,18 @@ class _Fetch:
             if error.cause is Cause.TRANSPORT_FAILED:
                 link.avoid_until_s = time.monotonic() + AVOID_S
             raise
-        link.model.observe(stats.num_bytes, stats.duration_ms)
+        stats = replace(
+            stats,
+            num_tokens=importer.valid_tokens - order.fetch.range.token_start,
+            ready_bytes=importer.ready_bytes,
+            ready_ms=importer.ready_ms,
+        )
+        warning = desk._links.learn(link, stats)
+        if warning is not None:
+            log.warning("KV from %s is slow: %s", address.address, warning)
         payload = importer.end_payload or b""
         self._first_tokens = parse_end_payload(payload, order.fetch.tokens_digest)
-        num_tokens = importer.valid_tokens - order.fetch.range.token_start
-        return replace(stats, num_tokens=num_tokens)
+        return stats
 
     def _progress(self) -> None:
         self._desk._events.fetch_progress(self._order.leg)

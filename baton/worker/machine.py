@@ -58,6 +58,7 @@ from baton.messages import (
 from baton.types import (
     KVRange,
     LegId,
+    LinkRate,
     Role,
     TokenChunk,
     TransferStats,
@@ -96,10 +97,12 @@ class WorkerMachine:
         first_epoch: int | None = None,
         random_id: Callable[[], bytes] = lambda: secrets.token_bytes(16),
         step_age_ms: Callable[[], float] = lambda: 0.0,
+        link_rates: Callable[[], tuple[LinkRate, ...]] = tuple,
     ) -> None:
         """
         Args:
             step_age_ms: for how long the engine's present step has been running.
+            link_rates: what is known of the links to other workers.
             first_epoch, random_id: where epochs start and how transfer ids are drawn; given only
                 to make a run repeatable.
         """
@@ -121,6 +124,7 @@ class WorkerMachine:
             policy.role, free_blocks=info.num_blocks, total_blocks=info.num_blocks
         )
         self._step_age_ms = step_age_ms
+        self._link_rates = link_rates
         self._ticked_at_ms = 0
         self._role = policy.role
         self._draining = False
@@ -146,6 +150,7 @@ class WorkerMachine:
             draining=self._draining,
             num_leases=len(self.producer.leases),
             step_age_ms=self._step_age_ms(),
+            link_rates=self._link_rates(),
         )
 
     def set_role(self, role: Role) -> None:

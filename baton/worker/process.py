@@ -18,6 +18,7 @@ from baton.worker.engine import FailingRunner, StepWatch
 from baton.worker.identity import advertised_host, describe_worker
 from baton.worker.metrics import MetricsServer
 from baton.worker.policy import WorkerPolicy
+from baton.worker.probing import probe_links
 from baton.worker.registration import Registration
 from baton.worker.runtime import Observer
 from baton.worker.service import SERVICES, WorkerService
@@ -99,6 +100,8 @@ class WorkerProcess:
         self._watching = asyncio.create_task(
             StepWatch(worker.engine, worker.latency, config).run(self._server.set_serving)
         )
+        peers = await self._registration.peers()
+        await probe_links(peers, info, self._plane.transports, worker.links)
         self._registration.start()
         log.info(
             "%s: %s at %s, %d KV blocks on %s, metrics on port %d",

@@ -3,9 +3,11 @@
 import asyncio
 from contextlib import suppress
 
+from redis.exceptions import RedisError
+
 from baton.config import ClusterSettings
 from baton.engine.events import StepOutput
-from baton.locality import WorkerRegistration, connect
+from baton.locality import Signer, WorkerRegistration, connect, read_registrations
 from baton.messages import GatewayMessage, WorkerMessage
 from baton.types import BlockHash, WorkerInfo
 
@@ -16,8 +18,18 @@ class Registration:
     def __init__(self, settings: ClusterSettings, redis_url: str, info: WorkerInfo) -> None:
         tokens = [secret.get_secret_value() for secret in settings.cluster_token]
         self._redis = connect(redis_url)
+        self._cluster = settings.cluster
+        self._signer = Signer(tokens)
         self._entry = WorkerRegistration(self._redis, settings.cluster, tokens, info)
         self._running: asyncio.Task[None] | None = None
+
+    async def peers(self) -> list[WorkerInfo]:
+        """Who is registered now; nobody, as long as Redis cannot say."""
+        try:
+            found, _ = await read_registrations(self._redis, self._signer, self._cluster)
+        except (RedisError, OSError, TimeoutError):
+            return []
+        return list(found.values())
 
     def start(self) -> None:
         self._running = asyncio.create_task(self._entry.run())

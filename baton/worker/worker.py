@@ -24,6 +24,7 @@ from baton.types import Request, WorkerInfo
 from baton.worker.data_plane import DataPlane
 from baton.worker.fetches import FetchDesk
 from baton.worker.layer_marks import LayerMarks
+from baton.worker.link_table import LinkTable
 from baton.worker.machine import WorkerMachine
 from baton.worker.policy import WorkerPolicy
 from baton.worker.runtime import Observer, WorkerRuntime
@@ -55,6 +56,7 @@ class Worker:
         self.info = info
         self.core = core
         self.latency = LatencyModel()
+        self.links = LinkTable()
         machine = WorkerMachine(
             info,
             policy,
@@ -62,6 +64,7 @@ class Worker:
             self.latency,
             grant_keys,
             step_age_ms=self._step_age_ms,
+            link_rates=self.links.rates,
         )
         self.scores = ScoreDesk(info, self._post)
         self.runtime = WorkerRuntime(
@@ -74,7 +77,9 @@ class Worker:
             on_kv_ready=marks.mark,
             on_failure=self.runtime.post_failure,
         )
-        self.fetches = FetchDesk(self.runtime, plane.memory, plane.transports, info.host_id)
+        self.fetches = FetchDesk(
+            self.runtime, plane.memory, plane.transports, info.host_id, self.links
+        )
         pool = None if grammars is None else GrammarPool(grammars)
         self.runtime.connect(self.engine, self.fetches, pool)
         self._plane = plane

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.latency import LatencyModel, LinkModel
-from baton.types import StepTiming
+from baton.types import StepTiming, TransferStats
 
 
 def true_ms(timing: StepTiming) -> float:
@@ -144,7 +144,17 @@ def test_link_learns_its_rate_and_counts_its_queue() -> None:
     assert link.in_flight_bytes == 0
 
 
-def test_a_fetch_that_waited_for_the_prefill_hardly_lowers_the_rate() -> None:
+def test_what_waited_for_the_prefill_does_not_lower_the_rate() -> None:
+    link = LinkModel()
+    link.learn(TransferStats("ucx", 3 * 10**6, duration_ms=900.0, ready_bytes=10**6, ready_ms=1.0))
+    assert link.bytes_per_ms == 1e6
+    link.learn(TransferStats("ucx", 3 * 10**6, duration_ms=900.0))
+    assert link.bytes_per_ms == 1e6
+    link.learn(TransferStats("ucx", 3 * 10**6, duration_ms=1.0))
+    assert link.bytes_per_ms > 1e6
+
+
+def test_a_slow_fetch_hardly_lowers_the_rate() -> None:
     link = LinkModel()
     link.observe(10**6, 1.0)
     link.observe(10**6, 100.0)

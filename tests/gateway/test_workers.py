@@ -21,7 +21,7 @@ from baton.messages import (
     StepBatch,
     Submit,
 )
-from baton.types import LegId, Role, StepTiming, TransferStats, WorkerSnapshot
+from baton.types import LegId, LinkRate, Role, StepTiming, TransferStats, WorkerSnapshot
 from tests.gateway.support import request, ticket, worker_info
 
 P, D = worker_info("p", Role.PREFILL), worker_info("d", Role.DECODE)
@@ -157,3 +157,23 @@ def test_draining_is_shown() -> None:
     of.received("d", StepBatch((), replace(IDLE, draining=True)))
     assert not worker(of, "d").accepts
     assert worker(of, "d").view().state is WorkerState.DRAINING
+
+
+def rates(*known: tuple[str, bool, float]) -> WorkerSnapshot:
+    return replace(IDLE, link_rates=tuple(LinkRate(*rate) for rate in known))
+
+
+def test_a_link_without_traffic_is_as_fast_as_the_worker_says_of_its_class() -> None:
+    of = fleet()
+    known = rates(("grpc", True, 123e6), ("grpc", False, 456e6), ("ucx", True, 789e6))
+    of.received("d", StepBatch((), known))
+    is_same_host = P.host_id == D.host_id
+    expected = 123e3 if is_same_host else 456e3
+    assert of.link("p", "d").model.bytes_per_ms == expected  # both have grpc alone
+    assert of.link("d", "p").model.bytes_per_ms == expected, "p says nothing, d does"
+    of.received("d", StepBatch((), rates(("grpc", is_same_host, 99e6))))
+    assert of.link("p", "d").model.bytes_per_ms == 99e3
+    of.transfer_started(LEG, "p", "d", 1 << 20)
+    of.transfer_ended(LEG, TransferStats("grpc", 1 << 20, 1, 16, 1.0))
+    of.received("d", StepBatch((), known))
+    assert of.link("p", "d").model.bytes_per_ms == 1 << 20, "what was measured counts"

@@ -194,3 +194,24 @@ async def test_patience_follows_bytes_and_rate(source: Pool, target: Pool) -> No
     assert importer.patience_s() == pytest.approx(2 + 4 * 16 / 4, rel=0.05)
     await importer.frame(data_frame(writer, source, replace(ALL, token_start=32, token_stop=48)))
     assert importer.patience_s() is None  # the rest is still being computed
+
+
+async def test_what_was_ready_at_opening_is_timed(source: Pool, target: Pool) -> None:
+    now = [10.0]
+    importer = Importer(target.memory, target.block_ids, ALL, clock=lambda: now[0])
+    importer.opened(EPOCH, 32)
+    writer = FrameWriter(EPOCH)
+    frames = [data_frame(writer, source, KVRange(0, NUM_LAYERS, t, t + 16)) for t in (16, 32, 48)]
+    seen = []
+    for frame in frames:
+        now[0] += 0.5
+        await importer.frame(frame)
+        seen.append((importer.ready_bytes, importer.ready_ms))
+    assert seen == [(len(frames[0]), 500.0)] * 3
+
+
+async def test_nothing_is_timed_if_all_has_yet_to_be_computed(source: Pool, target: Pool) -> None:
+    importer = Importer(target.memory, target.block_ids, ALL)
+    importer.opened(EPOCH, 0)
+    await importer.frame(data_frame(FrameWriter(EPOCH), source, ALL))
+    assert (importer.valid_tokens, importer.ready_bytes) == (64, 0)

@@ -11,6 +11,7 @@ from baton.errors import BatonError, Cause
 from baton.kvtransfer.base import Buffers
 from baton.kvtransfer.exporter import Exporter
 from baton.kvtransfer.importer import Importer
+from baton.kvtransfer.probe import ProbedSource, probe
 from baton.kvtransfer.progress import KVReady
 from baton.types import KVRange, TransportAddress
 from tests.kvtransfer.support import (
@@ -24,6 +25,7 @@ from tests.kvtransfer.support import (
     connected,
     frames_script,
     make_fetch,
+    make_layout,
     make_pool,
 )
 
@@ -296,6 +298,47 @@ async def test_closing_the_producer_ends_its_attachments(pair: Pair) -> None:
     with pytest.raises(BatonError) as caught:
         await fetching
     assert caught.value.cause is Cause.TRANSPORT_FAILED
+
+
+async def test_a_probe_moves_zeros_and_touches_no_attachment(pair: Pair) -> None:
+    source = ScriptedSource(frames_script([b"x"]))
+    peer = await pair.producer.start(ProbedSource(source))
+    for num_bytes in (1, (2 << 20) + 1):
+        stats = await probe(pair.consumer, peer, make_layout(), "d0", num_bytes, 30.0)
+        assert stats.num_bytes == num_bytes
+        assert stats.duration_ms > 0
+    assert source.attachments == []
+    with pytest.raises(BatonError) as caught:
+        await probe(pair.consumer, peer, make_layout(), "d0", 1 << 30, 30.0)
+    assert caught.value.cause is Cause.PROTOCOL
+    await pair.consumer.fetch(peer, make_fetch(1), RecordingSink(1))
+    assert len(source.attachments) == 1
+
+
+async def test_one_probe_at_a_time_the_others_wait(pair: Pair) -> None:
+    source = ProbedSource(ScriptedSource(silent))
+    peer = await pair.producer.start(source)
+    running: list[int] = []
+
+    async def one(number: int) -> None:
+        await probe(pair.consumer, peer, make_layout(), "d0", 4 << 20, 30.0)
+        running.append(source._num_probes)
+
+    await asyncio.gather(*map(one, range(5)))
+    assert running == sorted(running, reverse=True)
+    async with asyncio.timeout(30.0):
+        while source._num_probes:
+            await asyncio.sleep(0.01)
+    assert not source._turn.locked()
+
+
+async def test_a_probe_that_nobody_serves_ends_in_time(pair: Pair) -> None:
+    source = ProbedSource(ScriptedSource(silent))
+    peer = await pair.producer.start(source)
+    async with source._turn:
+        with pytest.raises(TimeoutError):
+            await probe(pair.consumer, peer, make_layout(), "d0", 1, timeout_s=0.2)
+    await probe(pair.consumer, peer, make_layout(), "d0", 1, 30.0)
 
 
 async def test_nobody_there(pair: Pair) -> None:

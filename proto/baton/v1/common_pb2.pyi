@@ -382,8 +382,18 @@ class WorkerInfo(_message.Message):
     protocol_minor: int
     def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., address: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[TransportAddress, _Mapping]]] = ..., host_id: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., capabilities: _Optional[_Iterable[str]] = ..., protocol_major: _Optional[int] = ..., protocol_minor: _Optional[int] = ...) -> None: ...
 
+class LinkRate(_message.Message):
+    __slots__ = ("transport", "same_host", "bytes_per_s")
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    SAME_HOST_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    transport: str
+    same_host: bool
+    bytes_per_s: float
+    def __init__(self, transport: _Optional[str] = ..., same_host: _Optional[bool] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
+
 class WorkerSnapshot(_message.Message):
-    __slots__ = ("role", "num_running", "num_waiting", "num_waiting_for_kv", "free_blocks", "total_blocks", "num_leases", "num_quarantined_blocks", "queued_prefill_tokens", "context_tokens", "step_age_ms", "draining")
+    __slots__ = ("role", "num_running", "num_waiting", "num_waiting_for_kv", "free_blocks", "total_blocks", "num_leases", "num_quarantined_blocks", "queued_prefill_tokens", "context_tokens", "step_age_ms", "draining", "link_rates")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -396,6 +406,7 @@ class WorkerSnapshot(_message.Message):
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STEP_AGE_MS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    LINK_RATES_FIELD_NUMBER: _ClassVar[int]
     role: Role
     num_running: int
     num_waiting: int
@@ -408,7 +419,8 @@ class WorkerSnapshot(_message.Message):
     context_tokens: int
     step_age_ms: float
     draining: bool
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_for_kv: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., num_leases: _Optional[int] = ..., num_quarantined_blocks: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., step_age_ms: _Optional[float] = ..., draining: _Optional[bool] = ...) -> None: ...
+    link_rates: _containers.RepeatedCompositeFieldContainer[LinkRate]
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_for_kv: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., num_leases: _Optional[int] = ..., num_quarantined_blocks: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., step_age_ms: _Optional[float] = ..., draining: _Optional[bool] = ..., link_rates: _Optional[_Iterable[_Union[LinkRate, _Mapping]]] = ...) -> None: ...
 
 class StepTiming(_message.Message):
     __slots__ = ("num_prefill_tokens", "num_cached_tokens", "num_decodes", "context_tokens", "duration_ms")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.v1 import common_pb2 as baton_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x62\x61ton/v1/kv.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"\x82\x01\n\x07KVRange\x12\x13\n\x0blayer_start\x18\x01 \x01(\r\x12\x12\n\nlayer_stop\x18\x02 \x01(\r\x12\x13\n\x0btoken_start\x18\x03 \x01(\r\x12\x12\n\ntoken_stop\x18\x04 \x01(\r\x12\x12\n\nhead_start\x18\x05 \x01(\r\x12\x11\n\thead_stop\x18\x06 \x01(\r\"\xd3\x01\n\x05Grant\x12\x13\n\x0bsalt_digest\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\x0c\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x13\n\x0b\x64uration_ms\x18\x04 \x01(\r\x12\x0e\n\x06key_id\x18\x05 \x01(\r\x12\x0b\n\x03mac\x18\x06 \x01(\x0c\x12\r\n\x05nonce\x18\x07 \x01(\x0c\x12\x11\n\tlast_hash\x18\x08 \x01(\x0c\x12\x1a\n\x12source_incarnation\x18\t \x01(\x0c\x12\x1c\n\x14\x63onsumer_incarnation\x18\n \x01(\x0c\";\n\tHashChain\x12\x0e\n\x06hashes\x18\x01 \x03(\x0c\x12\x1e\n\x05grant\x18\x02 \x01(\x0b\x32\x0f.baton.v1.Grant\"\xf7\x02\n\tFetchOpen\x12$\n\x06ticket\x18\x01 \x01(\x0b\x32\x12.baton.v1.KVTicketH\x00\x12$\n\x05\x63hain\x18\x02 \x01(\x0b\x32\x13.baton.v1.HashChainH\x00\x12 \n\x05range\x18\x03 \x01(\x0b\x32\x11.baton.v1.KVRange\x12\"\n\x06layout\x18\x04 \x01(\x0b\x32\x12.baton.v1.KVLayout\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\x0c\x12\x15\n\rtokens_digest\x18\x06 \x01(\x0c\x12\x13\n\x0bsalt_digest\x18\x07 \x01(\x0c\x12\x11\n\ttransport\x18\x08 \x01(\t\x12\x10\n\x08\x63onsumer\x18\t \x01(\t\x12\x16\n\x0einitial_credit\x18\n \x01(\r\x12\x0c\n\x04lane\x18\x0b \x01(\x0c\x12\x1c\n\x14\x63onsumer_incarnation\x18\x0c \x01(\x0c\x12\x13\n\x0btraceparent\x18\r \x01(\t\x12\x0f\n\x07pace_ms\x18\x0e \x01(\rB\x08\n\x06source\"!\n\x0b\x46\x65tchCredit\x12\x12\n\nnum_frames\x18\x01 \x01(\r\"\x0b\n\tFetchDone\"\x8c\x01\n\x0c\x46\x65tchRequest\x12#\n\x04open\x18\x01 \x01(\x0b\x32\x13.baton.v1.FetchOpenH\x00\x12\'\n\x06\x63redit\x18\x02 \x01(\x0b\x32\x15.baton.v1.FetchCreditH\x00\x12#\n\x04\x64one\x18\x03 \x01(\x0b\x32\x13.baton.v1.FetchDoneH\x00\x42\t\n\x07message\"G\n\x0b\x46\x65tchOpened\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x18\n\x10num_ready_tokens\x18\x02 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"\x1f\n\tFetchHave\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\"-\n\x0b\x46ramePosted\x12\x0b\n\x03seq\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\r\"=\n\x0b\x46\x65tchFailed\x12\x1e\n\x05\x63\x61use\x18\x01 \x01(\x0e\x32\x0f.baton.v1.Cause\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"\xc8\x01\n\nFetchReply\x12\'\n\x06opened\x18\x01 \x01(\x0b\x32\x15.baton.v1.FetchOpenedH\x00\x12#\n\x04have\x18\x02 \x01(\x0b\x32\x13.baton.v1.FetchHaveH\x00\x12\x0f\n\x05\x66rame\x18\x03 \x01(\x0cH\x00\x12\'\n\x06posted\x18\x04 \x01(\x0b\x32\x15.baton.v1.FramePostedH\x00\x12\'\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x15.baton.v1.FetchFailedH\x00\x42\t\n\x07message\"L\n\x07\x45ndOfKV\x12*\n\x0c\x66irst_tokens\x18\x01 \x03(\x0b\x32\x14.baton.v1.TokenChunk\x12\x15\n\rtokens_digest\x18\x02 \x01(\x0c\"\x12\n\x10InventoryRequest\"-\n\x0eInventoryReply\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0e\n\x06hashes\x18\x02 \x03(\x0c\x32\x84\x01\n\x02KV\x12\x39\n\x05\x46\x65tch\x12\x16.baton.v1.FetchRequest\x1a\x14.baton.v1.FetchReply(\x01\x30\x01\x12\x43\n\tInventory\x12\x1a.baton.v1.InventoryRequest\x1a\x18.baton.v1.InventoryReply0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x62\x61ton/v1/kv.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"\x82\x01\n\x07KVRange\x12\x13\n\x0blayer_start\x18\x01 \x01(\r\x12\x12\n\nlayer_stop\x18\x02 \x01(\r\x12\x13\n\x0btoken_start\x18\x03 \x01(\r\x12\x12\n\ntoken_stop\x18\x04 \x01(\r\x12\x12\n\nhead_start\x18\x05 \x01(\r\x12\x11\n\thead_stop\x18\x06 \x01(\r\"\xd3\x01\n\x05Grant\x12\x13\n\x0bsalt_digest\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\x0c\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x13\n\x0b\x64uration_ms\x18\x04 \x01(\r\x12\x0e\n\x06key_id\x18\x05 \x01(\r\x12\x0b\n\x03mac\x18\x06 \x01(\x0c\x12\r\n\x05nonce\x18\x07 \x01(\x0c\x12\x11\n\tlast_hash\x18\x08 \x01(\x0c\x12\x1a\n\x12source_incarnation\x18\t \x01(\x0c\x12\x1c\n\x14\x63onsumer_incarnation\x18\n \x01(\x0c\";\n\tHashChain\x12\x0e\n\x06hashes\x18\x01 \x03(\x0c\x12\x1e\n\x05grant\x18\x02 \x01(\x0b\x32\x0f.baton.v1.Grant\"\x8e\x03\n\tFetchOpen\x12$\n\x06ticket\x18\x01 \x01(\x0b\x32\x12.baton.v1.KVTicketH\x00\x12$\n\x05\x63hain\x18\x02 \x01(\x0b\x32\x13.baton.v1.HashChainH\x00\x12\x15\n\x0bprobe_bytes\x18\x0f \x01(\rH\x00\x12 \n\x05range\x18\x03 \x01(\x0b\x32\x11.baton.v1.KVRange\x12\"\n\x06layout\x18\x04 \x01(\x0b\x32\x12.baton.v1.KVLayout\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\x0c\x12\x15\n\rtokens_digest\x18\x06 \x01(\x0c\x12\x13\n\x0bsalt_digest\x18\x07 \x01(\x0c\x12\x11\n\ttransport\x18\x08 \x01(\t\x12\x10\n\x08\x63onsumer\x18\t \x01(\t\x12\x16\n\x0einitial_credit\x18\n \x01(\r\x12\x0c\n\x04lane\x18\x0b \x01(\x0c\x12\x1c\n\x14\x63onsumer_incarnation\x18\x0c \x01(\x0c\x12\x13\n\x0btraceparent\x18\r \x01(\t\x12\x0f\n\x07pace_ms\x18\x0e \x01(\rB\x08\n\x06source\"!\n\x0b\x46\x65tchCredit\x12\x12\n\nnum_frames\x18\x01 \x01(\r\"\x0b\n\tFetchDone\"\x8c\x01\n\x0c\x46\x65tchRequest\x12#\n\x04open\x18\x01 \x01(\x0b\x32\x13.baton.v1.FetchOpenH\x00\x12\'\n\x06\x63redit\x18\x02 \x01(\x0b\x32\x15.baton.v1.FetchCreditH\x00\x12#\n\x04\x64one\x18\x03 \x01(\x0b\x32\x13.baton.v1.FetchDoneH\x00\x42\t\n\x07message\"G\n\x0b\x46\x65tchOpened\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x18\n\x10num_ready_tokens\x18\x02 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"\x1f\n\tFetchHave\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\"-\n\x0b\x46ramePosted\x12\x0b\n\x03seq\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\r\"=\n\x0b\x46\x65tchFailed\x12\x1e\n\x05\x63\x61use\x18\x01 \x01(\x0e\x32\x0f.baton.v1.Cause\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"\xc8\x01\n\nFetchReply\x12\'\n\x06opened\x18\x01 \x01(\x0b\x32\x15.baton.v1.FetchOpenedH\x00\x12#\n\x04have\x18\x02 \x01(\x0b\x32\x13.baton.v1.FetchHaveH\x00\x12\x0f\n\x05\x66rame\x18\x03 \x01(\x0cH\x00\x12\'\n\x06posted\x18\x04 \x01(\x0b\x32\x15.baton.v1.FramePostedH\x00\x12\'\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x15.baton.v1.FetchFailedH\x00\x42\t\n\x07message\"L\n\x07\x45ndOfKV\x12*\n\x0c\x66irst_tokens\x18\x01 \x03(\x0b\x32\x14.baton.v1.TokenChunk\x12\x15\n\rtokens_digest\x18\x02 \x01(\x0c\"\x12\n\x10InventoryRequest\"-\n\x0eInventoryReply\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0e\n\x06hashes\x18\x02 \x03(\x0c\x32\x84\x01\n\x02KV\x12\x39\n\x05\x46\x65tch\x12\x16.baton.v1.FetchRequest\x1a\x14.baton.v1.FetchReply(\x01\x30\x01\x12\x43\n\tInventory\x12\x1a.baton.v1.InventoryRequest\x1a\x18.baton.v1.InventoryReply0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,29 +39,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HASHCHAIN']._serialized_start=401
   _globals['_HASHCHAIN']._serialized_end=460
   _globals['_FETCHOPEN']._serialized_start=463
-  _globals['_FETCHOPEN']._serialized_end=838
-  _globals['_FETCHCREDIT']._serialized_start=840
-  _globals['_FETCHCREDIT']._serialized_end=873
-  _globals['_FETCHDONE']._serialized_start=875
-  _globals['_FETCHDONE']._serialized_end=886
-  _globals['_FETCHREQUEST']._serialized_start=889
-  _globals['_FETCHREQUEST']._serialized_end=1029
-  _globals['_FETCHOPENED']._serialized_start=1031
-  _globals['_FETCHOPENED']._serialized_end=1102
-  _globals['_FETCHHAVE']._serialized_start=1104
-  _globals['_FETCHHAVE']._serialized_end=1135
-  _globals['_FRAMEPOSTED']._serialized_start=1137
-  _globals['_FRAMEPOSTED']._serialized_end=1182
-  _globals['_FETCHFAILED']._serialized_start=1184
-  _globals['_FETCHFAILED']._serialized_end=1245
-  _globals['_FETCHREPLY']._serialized_start=1248
-  _globals['_FETCHREPLY']._serialized_end=1448
-  _globals['_ENDOFKV']._serialized_start=1450
-  _globals['_ENDOFKV']._serialized_end=1526
-  _globals['_INVENTORYREQUEST']._serialized_start=1528
-  _globals['_INVENTORYREQUEST']._serialized_end=1546
-  _globals['_INVENTORYREPLY']._serialized_start=1548
-  _globals['_INVENTORYREPLY']._serialized_end=1593
-  _globals['_KV']._serialized_start=1596
-  _globals['_KV']._serialized_end=1728
+  _globals['_FETCHOPEN']._serialized_end=861
+  _globals['_FETCHCREDIT']._serialized_start=863
+  _globals['_FETCHCREDIT']._serialized_end=896
+  _globals['_FETCHDONE']._serialized_start=898
+  _globals['_FETCHDONE']._serialized_end=909
+  _globals['_FETCHREQUEST']._serialized_start=912
+  _globals['_FETCHREQUEST']._serialized_end=1052
+  _globals['_FETCHOPENED']._serialized_start=1054
+  _globals['_FETCHOPENED']._serialized_end=1125
+  _globals['_FETCHHAVE']._serialized_start=1127
+  _globals['_FETCHHAVE']._serialized_end=1158
+  _globals['_FRAMEPOSTED']._serialized_start=1160
+  _globals['_FRAMEPOSTED']._serialized_end=1205
+  _globals['_FETCHFAILED']._serialized_start=1207
+  _globals['_FETCHFAILED']._serialized_end=1268
+  _globals['_FETCHREPLY']._serialized_start=1271
+  _globals['_FETCHREPLY']._serialized_end=1471
+  _globals['_ENDOFKV']._serialized_start=1473
+  _globals['_ENDOFKV']._serialized_end=1549
+  _globals['_INVENTORYREQUEST']._serialized_start=1551
+  _globals['_INVENTORYREQUEST']._serialized_end=1569
+  _globals['_INVENTORYREPLY']._serialized_start=1571
+  _globals['_INVENTORYREPLY']._serialized_end=1616
+  _globals['_KV']._serialized_start=1619
+  _globals['_KV']._serialized_end=1751
 # @@protoc_insertion_point(module_scope)

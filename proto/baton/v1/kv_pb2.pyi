@@ -56,9 +56,10 @@ class HashChain(_message.Message):
     def __init__(self, hashes: _Optional[_Iterable[bytes]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ...) -> None: ...
 
 class FetchOpen(_message.Message):
-    __slots__ = ("ticket", "chain", "range", "layout", "fingerprint", "tokens_digest", "salt_digest", "transport", "consumer", "initial_credit", "lane", "consumer_incarnation", "traceparent", "pace_ms")
+    __slots__ = ("ticket", "chain", "probe_bytes", "range", "layout", "fingerprint", "tokens_digest", "salt_digest", "transport", "consumer", "initial_credit", "lane", "consumer_incarnation", "traceparent", "pace_ms")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     CHAIN_FIELD_NUMBER: _ClassVar[int]
+    PROBE_BYTES_FIELD_NUMBER: _ClassVar[int]
     RANGE_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +74,7 @@ class FetchOpen(_message.Message):
     PACE_MS_FIELD_NUMBER: _ClassVar[int]
     ticket: _common_pb2.KVTicket
     chain: HashChain
+    probe_bytes: int
     range: KVRange
     layout: _common_pb2.KVLayout
     fingerprint: bytes
@@ -85,7 +87,7 @@ class FetchOpen(_message.Message):
     consumer_incarnation: bytes
     traceparent: str
     pace_ms: int
-    def __init__(self, ticket: _Optional[_Union[_common_pb2.KVTicket, _Mapping]] = ..., chain: _Optional[_Union[HashChain, _Mapping]] = ..., range: _Optional[_Union[KVRange, _Mapping]] = ..., layout: _Optional[_Union[_common_pb2.KVLayout, _Mapping]] = ..., fingerprint: _Optional[bytes] = ..., tokens_digest: _Optional[bytes] = ..., salt_digest: _Optional[bytes] = ..., transport: _Optional[str] = ..., consumer: _Optional[str] = ..., initial_credit: _Optional[int] = ..., lane: _Optional[bytes] = ..., consumer_incarnation: _Optional[bytes] = ..., traceparent: _Optional[str] = ..., pace_ms: _Optional[int] = ...) -> None: ...
+    def __init__(self, ticket: _Optional[_Union[_common_pb2.KVTicket, _Mapping]] = ..., chain: _Optional[_Union[HashChain, _Mapping]] = ..., probe_bytes: _Optional[int] = ..., range: _Optional[_Union[KVRange, _Mapping]] = ..., layout: _Optional[_Union[_common_pb2.KVLayout, _Mapping]] = ..., fingerprint: _Optional[bytes] = ..., tokens_digest: _Optional[bytes] = ..., salt_digest: _Optional[bytes] = ..., transport: _Optional[str] = ..., consumer: _Optional[str] = ..., initial_credit: _Optional[int] = ..., lane: _Optional[bytes] = ..., consumer_incarnation: _Optional[bytes] = ..., traceparent: _Optional[str] = ..., pace_ms: _Optional[int] = ...) -> None: ...
 
 class FetchCredit(_message.Message):
     __slots__ = ("num_frames",)

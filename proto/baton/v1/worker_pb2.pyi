@@ -187,18 +187,22 @@ class Bound(_message.Message):
     def __init__(self, leg: _Optional[_Union[_common_pb2.LegId, _Mapping]] = ..., num_cached_tokens: _Optional[int] = ...) -> None: ...
 
 class TransferStats(_message.Message):
-    __slots__ = ("transport", "num_bytes", "num_frames", "num_tokens", "duration_ms")
+    __slots__ = ("transport", "num_bytes", "num_frames", "num_tokens", "duration_ms", "ready_bytes", "ready_ms")
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_FRAMES_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DURATION_MS_FIELD_NUMBER: _ClassVar[int]
+    READY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READY_MS_FIELD_NUMBER: _ClassVar[int]
     transport: str
     num_bytes: int
     num_frames: int
     num_tokens: int
     duration_ms: float
-    def __init__(self, transport: _Optional[str] = ..., num_bytes: _Optional[int] = ..., num_frames: _Optional[int] = ..., num_tokens: _Optional[int] = ..., duration_ms: _Optional[float] = ...) -> None: ...
+    ready_bytes: int
+    ready_ms: float
+    def __init__(self, transport: _Optional[str] = ..., num_bytes: _Optional[int] = ..., num_frames: _Optional[int] = ..., num_tokens: _Optional[int] = ..., duration_ms: _Optional[float] = ..., ready_bytes: _Optional[int] = ..., ready_ms: _Optional[float] = ...) -> None: ...
 
 class Imported(_message.Message):
     __slots__ = ("leg", "stats")
