@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 _CONFIG_FILES = ["*.json", "*.jinja", "tokenizer*", "*.txt"]
 _WEIGHT_FILES = ["*.safetensors"]
 _NOT_OURS = ["consolidated*", "*/*"]  # other formats of the same weights
+_POOLING_FILES = ["*_Pooling/config.json"]  # of sentence-transformers
 _INDEX = "model.safetensors.index.json"
 
 
@@ -38,6 +39,8 @@ def resolve_checkpoint(model: str, revision: str | None, *, weights: bool) -> Pa
         found = snapshot_download(
             model, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_OURS
         )
+        if Path(found, "modules.json").exists():
+            snapshot_download(model, revision=revision, allow_patterns=_POOLING_FILES)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         message = f"{model} is neither a directory nor a model that can be downloaded: {reason}"

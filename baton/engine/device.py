@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from baton.engine.model_config import ModelConfig
 from baton.engine.runner_config import RunnerConfig
 from baton.errors import InvalidRequest
 
@@ -59,14 +58,14 @@ def describe_device(device: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} threads)"
 
 
-def select_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
+def select_dtype(name: str, stored_as: str | None, device: torch.device) -> torch.dtype:
     """The compute and KV dtype. "auto" = as stored; float32 where that is not said, or where the
     processor multiplies matrices of that dtype only by emulation (measured 7× slower)."""
     if name != "auto":
         return getattr(torch, name)  # type: ignore[no-any-return]
-    stored: torch.dtype = getattr(torch, config.dtype or "float32")
+    stored: torch.dtype = getattr(torch, stored_as or "float32")
     if device.type == "cpu" and not multiplies(stored):
-        log.info("this processor has no %s arithmetic: float32 is used", config.dtype)
+        log.info("this processor has no %s arithmetic: float32 is used", stored_as)
         return torch.float32
     return stored
 

@@ -92,7 +92,7 @@ def _make_plan(config: RunnerConfig, model: ModelConfig) -> _Plan:
             f"the model was trained for {longest} tokens, not {max_model_len}", "max_model_len"
         )
     device = select_device(config.device)
-    return _Plan(model, select_dtype(config.dtype, model, device), device, max_model_len)
+    return _Plan(model, select_dtype(config.dtype, model.dtype, device), device, max_model_len)
 
 
 def _load_model(config: RunnerConfig, plan: _Plan) -> tuple[Decoder, bytes]:

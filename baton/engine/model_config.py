@@ -95,9 +95,9 @@ def load_model_config(path: Path) -> ModelConfig:
     Raises:
         InvalidRequest: the file is missing or malformed, or asks for something unsupported.
     """
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     generation_path = path / "generation_config.json"
-    generation = _read_json(generation_path) if generation_path.exists() else {}
+    generation = read_json(generation_path) if generation_path.exists() else {}
     try:
         return parse_model_config(config, generation)
     except (KeyError, TypeError, ValueError) as error:
@@ -136,12 +136,16 @@ def parse_model_config(
         qk_norm=family.qk_norm,
         windows=_windows(config, family, num_layers),
         rope=_rope(config),
-        dtype=_dtype(config),
+        dtype=stored_dtype(config),
         eos_token_ids=_eos_token_ids(generation or {}) or _eos_token_ids(config),
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        InvalidRequest: there is no such file, or no JSON object in it.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -203,7 +207,8 @@ def _rope(config: Mapping[str, Any]) -> RopeConfig:
     )
 
 
-def _dtype(config: Mapping[str, Any]) -> str | None:
+def stored_dtype(config: Mapping[str, Any]) -> str | None:
+    """Of the weights, where config.json says so and it is one of ours."""
     dtype = config.get("dtype", config.get("torch_dtype"))
     return dtype if dtype in DTYPES else None
 

@@ -72,6 +72,9 @@ class SafetensorsWeights:
             seconds = time.monotonic() - self._started
             log.info("loaded in %.1f s, %.2f GiB", seconds, self._num_bytes / 2**30)
 
+    def has(self, name: str) -> bool:
+        return name in self._files
+
     def take(self, name: str, *shape: int) -> Tensor:
         """See `WeightSource`."""
         file = self._files.get(name)
@@ -109,9 +112,12 @@ class DummyWeights:
         self._device = device
         self._seed = seed
 
+    def has(self, name: str) -> bool:
+        return True
+
     def take(self, name: str, *shape: int) -> Tensor:
         """See `WeightSource`."""
-        if "norm" in name:
+        if "norm" in name.lower():
             return torch.ones(shape, dtype=self._dtype, device=self._device)
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
         generator = torch.Generator(self._device).manual_seed(int.from_bytes(digest[:7], "little"))

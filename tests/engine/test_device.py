@@ -34,4 +34,4 @@ def test_dtype(
 ) -> None:
     monkeypatch.setattr(device, "multiplies", lambda dtype: dtype is torch.float32 or native)
     config = dataclasses.replace(parse_model_config(BASE), dtype=stored)
-    assert device.select_dtype(name, config, where) is expected
+    assert device.select_dtype(name, config.dtype, where) is expected

@@ -35,19 +35,25 @@ class Decoder:
     """Token ids in, logits out. Holds weights and nothing that a step changes."""
 
     def __init__(
-        self, config: ModelConfig, weights: WeightSource, max_len: int, device: torch.device
+        self,
+        config: ModelConfig,
+        weights: WeightSource,
+        max_len: int,
+        device: torch.device,
+        *,
+        has_head: bool = True,
     ) -> None:
+        """
+        Args:
+            has_head: False: no logits, and nothing is read for them.
+        """
         vocabulary = (config.vocab_size, config.hidden_size)
         self.config = config
         self.embedding = weights.take("model.embed_tokens.weight", *vocabulary)
         self.rotary = Rotary(config.rope, config.head_dim, max_len, device)
         self.layers = [Layer(config, weights, index) for index in range(config.num_layers)]
         self.norm = Norm(config, weights, "model.norm", config.hidden_size)
-        # Packing makes a second copy of a tied embedding: the table is read by row, the head whole.
-        head = self.embedding
-        if not config.tie_embeddings:
-            head = weights.take("lm_head.weight", *vocabulary)
-        self.head = Linear(head)
+        self.head = _load_head(config, weights, self.embedding) if has_head else None
 
     def hidden(self, token_ids: Tensor, positions: Tensor, attention: StepAttention) -> Tensor:
         """[num_tokens] ids and positions, both int64 → [num_tokens, hidden_size], normalised."""
@@ -59,6 +65,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[num_rows, hidden_size] → [num_rows, vocab_size]."""
+        assert self.head is not None, "made with a head"
         return self.head(hidden)
 
     def linears(self) -> list[Linear]:
@@ -68,7 +75,7 @@ class Decoder:
             for layer in self.layers
             for linear in (layer.qkv, layer.o, *layer.gated.linears, layer.down)
         ]
-        return [*of_layers, self.head]
+        return of_layers if self.head is None else [*of_layers, self.head]
 
 
 class Layer:
@@ -86,14 +93,14 @@ class Layer:
             self.k_norm = Norm(config, weights, f"{prefix}.self_attn.k_norm", config.head_dim)
         q_size = config.num_heads * config.head_dim
         o = f"{prefix}.self_attn.o_proj"
-        self.o = _load_linear(weights, o, config.hidden_size, q_size, config.o_bias)
+        self.o = load_linear(weights, o, config.hidden_size, q_size, config.o_bias)
         post = f"{prefix}.post_attention_layernorm"
         self.post_norm = Norm(config, weights, post, config.hidden_size)
         wide, narrow, bias = config.intermediate_size, config.hidden_size, config.mlp_bias
-        gate = _load_linear(weights, f"{prefix}.mlp.gate_proj", wide, narrow, bias)
-        up = _load_linear(weights, f"{prefix}.mlp.up_proj", wide, narrow, bias)
+        gate = load_linear(weights, f"{prefix}.mlp.gate_proj", wide, narrow, bias)
+        up = load_linear(weights, f"{prefix}.mlp.up_proj", wide, narrow, bias)
         self.gated = GatedLinear(gate, up, is_merged=gate.weight.is_cuda)
-        self.down = _load_linear(weights, f"{prefix}.mlp.down_proj", narrow, wide, bias)
+        self.down = load_linear(weights, f"{prefix}.mlp.down_proj", narrow, wide, bias)
 
     def __call__(self, x: Tensor, cos_sin: Tensor, attention: StepAttention) -> Tensor:
         """x: [num_tokens, hidden_size], cos_sin as in `kernels.rope` → like x."""
@@ -117,7 +124,14 @@ class Norm:
         return rms_norm(x, self.weight, self.eps)
 
 
-def _load_linear(
+def _load_head(config: ModelConfig, weights: WeightSource, embedding: Tensor) -> Linear:
+    """Packing makes a second copy of a tied embedding: the table is read by row, the head whole."""
+    if config.tie_embeddings:
+        return Linear(embedding)
+    return Linear(weights.take("lm_head.weight", config.vocab_size, config.hidden_size))
+
+
+def load_linear(
     weights: WeightSource, name: str, out_features: int, in_features: int, bias: bool
 ) -> Linear:
     weight = weights.take(f"{name}.weight", out_features, in_features)
