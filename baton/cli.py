@@ -32,6 +32,7 @@ from baton.telemetry import setup_logging
 log = logging.getLogger(__name__)
 
 _HIDDEN = {"failpoint", "test_hooks"}
+_WORKERS = ("prefill-worker", "decode-worker", "pooling-worker")
 
 
 def _type_name(setting: Setting) -> str:
@@ -151,6 +152,14 @@ def decode_worker(config: WorkerConfig) -> int:
     return run(config)
 
 
+@_configured(WorkerConfig, "pooling-worker")
+def pooling_worker(config: WorkerConfig) -> int:
+    """A worker of a pooling model alone: embeddings or scores."""
+    from baton.worker.main import run_pooling
+
+    return run_pooling(config)
+
+
 @click.command()
 @click.argument("address")
 def health(address: str) -> None:
@@ -163,7 +172,7 @@ def health(address: str) -> None:
 click.rich_click.COMMAND_GROUPS = {
     "baton": [
         {"name": "Serve", "commands": ["serve"]},
-        {"name": "One process", "commands": ["gateway", "prefill-worker", "decode-worker"]},
+        {"name": "One process", "commands": ["gateway", *_WORKERS]},
         {"name": "Use", "commands": ["chat", "complete", "run-batch"]},
         {"name": "Look", "commands": ["health", "collect-env"]},
     ]
@@ -182,8 +191,7 @@ def _option_groups(config: type[Any]) -> list[Any]:
 for _name, _config in (
     ("serve", ServeConfig),
     ("gateway", GatewayConfig),
-    ("prefill-worker", WorkerConfig),
-    ("decode-worker", WorkerConfig),
+    *((worker, WorkerConfig) for worker in _WORKERS),
 ):
     click.rich_click.OPTION_GROUPS[f"baton {_name}"] = _option_groups(_config)
 
@@ -199,6 +207,7 @@ for _command in (
     gateway,
     prefill_worker,
     decode_worker,
+    pooling_worker,
     chat,
     complete,
     run_batch,

@@ -86,6 +86,16 @@ class ModelSettings(_Section):
         0, description="Of dummy weights, and of the seeds that LLM draws; requests carry theirs."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
+    runner: Literal["auto", "generate", "pooling"] = Field(
+        "auto",
+        description="What the model is for: text, or embeddings and scores; auto = as its files "
+        "say.",
+    )
+    pooler_config: JsonText | None = Field(
+        None,
+        description="JSON with pooling_type (CLS, LAST, MEAN) and use_activation of a pooling "
+        "model, over its files.",
+    )
 
     @property
     def model_source(self) -> str:
@@ -248,6 +258,9 @@ class LimitSettings(_Section):
     max_headers: int = Field(100, gt=0, description="Number of headers.")
     max_json_depth: int = Field(64, gt=0, le=200, description="Nesting of a JSON body.")
     max_choices: int = Field(128, gt=0, le=4096, description="Prompts × n.")
+    max_inputs: int = Field(
+        2048, gt=0, le=4096, description="Texts of one request for embeddings or scores."
+    )
     max_request_tokens: int = Field(
         4 * 2**20,
         gt=0,
@@ -279,6 +292,9 @@ class FleetSettings(_Section):
 
     prefill_workers: int = Field(1, ge=0, description="Prefill workers on this host.")
     decode_workers: int = Field(1, ge=0, description="Decode workers on this host.")
+    pooling_workers: int = Field(
+        1, ge=0, description="Workers on this host of a pooling model, which has no others."
+    )
 
 
 class GatewayConfig(GatewaySettings, LimitSettings, ModelSettings, ClusterSettings, LogSettings):
@@ -286,7 +302,7 @@ class GatewayConfig(GatewaySettings, LimitSettings, ModelSettings, ClusterSettin
 
 
 class WorkerConfig(WorkerSettings, ModelSettings, EngineSettings, ClusterSettings, LogSettings):
-    """What `baton prefill-worker` and `baton decode-worker` need."""
+    """What `baton prefill-worker`, `decode-worker` and `pooling-worker` need."""
 
 
 class ServeConfig(

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from baton.config import ServeConfig, to_env
+from baton.engine.checkpoint import resolve_checkpoint
+from baton.engine.pooling_config import is_pooling_model
 from baton.gpus import assign_gpus, visible_gpus
 from baton.redis_server import redis_command, redis_url
 from baton.supervisor import ChildSpec, Supervisor
@@ -28,22 +30,25 @@ log = logging.getLogger(__name__)
 POLL_S = 0.25
 GRACE_S = 5.0
 # An idle OpenMP thread must sleep, not spin: an idle fleet costs next to nothing.
+_OWN_SETTINGS = {"BATON_PREFILL_WORKERS", "BATON_DECODE_WORKERS", "BATON_POOLING_WORKERS"}
 _PASSIVE_WAIT = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
 
 
 class Fleet:
     """Builds the children's command lines and environments from one ServeConfig."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, *, is_pooling: bool = False) -> None:
+        """
+        Args:
+            is_pooling: the model embeds or scores: it has pooling workers and no others.
+        """
         self.config = config
+        self.is_pooling = is_pooling
         self.supervisor = Supervisor()
         self.directory = Path(tempfile.mkdtemp(prefix="baton-"))
         self.port = config.port or _free_port(config.host)
         self.redis_url = config.redis_url or redis_url(self.directory)
-        self.worker_names = [
-            *(f"prefill-{i}" for i in range(config.prefill_workers)),
-            *(f"decode-{i}" for i in range(config.decode_workers)),
-        ]
+        self.worker_names = _worker_names(config, is_pooling)
         gpus = [] if config.device == "cpu" else visible_gpus(os.environ)
         self._gpu_env = assign_gpus(self.worker_names, gpus, config.gpu_memory_utilization)
 
@@ -79,9 +84,7 @@ class Fleet:
     def _env(self) -> dict[str, str]:
         env = {k: v for k, v in os.environ.items() if not k.startswith("BATON_")}
         own = {
-            name: value
-            for name, value in to_env(self.config).items()
-            if name not in ("BATON_PREFILL_WORKERS", "BATON_DECODE_WORKERS")
+            name: value for name, value in to_env(self.config).items() if name not in _OWN_SETTINGS
         }
         own |= {"BATON_REDIS_URL": self.redis_url, "BATON_PRINT_CONFIG": "false"}
         return env | own | {"PYTHONSAFEPATH": "1"}
@@ -108,6 +111,27 @@ class Fleet:
             return None
 
 
+def _worker_names(config: ServeConfig, is_pooling: bool) -> list[str]:
+    if is_pooling:
+        return [f"pooling-{i}" for i in range(config.pooling_workers)]
+    return [
+        *(f"prefill-{i}" for i in range(config.prefill_workers)),
+        *(f"decode-{i}" for i in range(config.decode_workers)),
+    ]
+
+
+def is_pooling_fleet(config: ServeConfig) -> bool:
+    """Whether `config.model` is to be served for embeddings or scores.
+
+    Raises:
+        InvalidRequest: its files cannot be had.
+    """
+    if config.runner != "auto":
+        return config.runner == "pooling"
+    source, revision = config.model_source, config.revision
+    return is_pooling_model(resolve_checkpoint(source, revision, weights=False))
+
+
 def _free_port(host: str) -> int:
     with socket.socket() as probe:
         probe.bind((host, 0))
@@ -120,10 +144,11 @@ def _num_cores() -> int:
 
 async def serve(config: ServeConfig) -> int:
     """Run the fleet until a signal; returns the exit status. A second signal kills at once."""
-    if config.prefill_workers + config.decode_workers == 0:
-        log.error("--prefill-workers and --decode-workers are both 0: nothing to serve with")
+    fleet = Fleet(config, is_pooling=await asyncio.to_thread(is_pooling_fleet, config))
+    if not fleet.worker_names:
+        names = "--pooling-workers" if fleet.is_pooling else "--prefill-workers, --decode-workers"
+        log.error("nothing to serve with: 0 for %s", names)
         return 2
-    fleet = Fleet(config)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -162,9 +187,9 @@ async def _announce(fleet: Fleet) -> None:
 
 def _is_complete(fleet: Fleet, cluster: dict[str, Any]) -> bool:
     up = {w["worker_id"] for w in cluster.get("workers", []) if w["state"] == "up"}
-    has_both = fleet.config.prefill_workers > 0 and fleet.config.decode_workers > 0
+    roles = {name.partition("-")[0] for name in fleet.worker_names}
     # A link appears with the first KV that travelled: until then no transport is in use.
-    is_linked = bool(cluster.get("links")) or not has_both
+    is_linked = bool(cluster.get("links")) or not roles >= {"prefill", "decode"}
     return bool(cluster.get("ready")) and is_linked and up >= set(fleet.worker_names)
 
 
@@ -197,10 +222,17 @@ def render_table(fleet: Fleet, cluster: dict[str, Any]) -> str:
 
 def render_curl(fleet: Fleet, models: dict[str, Any]) -> str:
     data = models.get("data") or [{"id": "default"}]
-    body = {"model": data[0]["id"], "prompt": "def ", "max_tokens": 64, "temperature": 0}
-    body |= {"stream": True}
+    task = data[0].get("task")
+    body: dict[str, Any] = {"model": data[0]["id"]}
+    if task is None:
+        path, body = "v1/completions", body | {"prompt": "def ", "max_tokens": 64}
+        body |= {"temperature": 0, "stream": True}
+    elif task == "embed":
+        path, body = "v1/embeddings", body | {"input": "A relay race"}
+    else:
+        path, body = "score", body | {"text_1": "relay race", "text_2": "Four runners, a baton."}
     auth = " -H 'Authorization: Bearer '$BATON_API_KEY" if fleet.config.api_key else ""
     return (
-        f"\nReady. Try:\n\n  curl -N {fleet.base_url}/v1/completions{auth}"
+        f"\nReady. Try:\n\n  curl -N {fleet.base_url}/{path}{auth}"
         f" -H 'Content-Type: application/json' \\\n    -d '{json.dumps(body)}'\n"
     )

@@ -22,6 +22,7 @@ class PoolingInfo:
     num_values: int  # of one result
     is_matryoshka: bool = False  # the first values of a result are a result
     dimensions: tuple[int, ...] = ()  # how many of them may be asked for; () = any number
+    tells_pairs: bool = False  # it has to know where the second of two texts begins
 
     def check_dimensions(self, dimensions: int | None, model: str) -> None:
         """

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import NamedTuple, NewType
 
+from baton.pooling import PoolingInfo as PoolingInfo
 from baton.sampling_params import RepetitionDetection as RepetitionDetection
 from baton.sampling_params import SamplingParams as SamplingParams
 from baton.sampling_params import StructuredKind as StructuredKind
@@ -21,19 +22,20 @@ FETCH_BY_HASH = "fetch-by-hash"  # capability: reads others' prefixes, and serve
 
 
 class Role(StrEnum):
-    """A worker's policy; every worker can do everything."""
+    """A worker's policy; every worker of a generating model can do everything."""
 
     PREFILL = "prefill"
     DECODE = "decode"
     BOTH = "both"
+    POOLING = "pooling"  # of a model that embeds or scores: no KV, no legs
 
     @property
     def can_prefill(self) -> bool:
-        return self is not Role.DECODE
+        return self in (Role.PREFILL, Role.BOTH)
 
     @property
     def can_decode(self) -> bool:
-        return self is not Role.PREFILL
+        return self in (Role.DECODE, Role.BOTH)
 
 
 class FinishReason(IntEnum):
@@ -158,6 +160,9 @@ class KVLayout:
         return sum(g.num_layers for g in self.groups)
 
 
+NO_KV = KVLayout((), HASH_TOKENS)  # a pooling worker's
+
+
 @dataclass(frozen=True, slots=True)
 class KVTicket:
     """The right to fetch the KV of `num_tokens` tokens from the worker that holds them: of a
@@ -211,6 +216,7 @@ class WorkerInfo:
     eos_token_ids: tuple[int, ...]
     capabilities: frozenset[str] = frozenset()
     protocol: tuple[int, int] = (PROTOCOL_MAJOR, PROTOCOL_MINOR)
+    pooling: PoolingInfo | None = None  # of a pooling worker
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,15 @@ class VllmMetrics:
         self._decode.labels(*labels).observe(last_s - first_s)
         self._inference.labels(*labels).observe(last_s - began_s)
 
+    def pooled(self, model: str, num_tokens: int, took_s: float, reason: str) -> None:
+        """A request for embeddings or scores has ended; `reason` is a finished_reason."""
+        labels = (model, "0")
+        self._prompt_tokens.labels(*labels).inc(num_tokens)
+        self._prompt_tokens_by_source.labels(*labels, "local_compute").inc(num_tokens)
+        self._request_prompt_tokens.labels(*labels).observe(num_tokens)
+        self._success.labels(*labels, reason).inc()
+        self._e2e.labels(*labels).observe(took_s)
+
     def refused(self, model: str, reason: str) -> None:
         """A request was turned away for lack of capacity; `reason` is a cause in lower case."""
         self._rejections.labels(model, reason).inc()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from baton.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from baton.types import (
+    NO_KV,
     FinishReason,
     KVGroup,
     KVKind,
@@ -39,6 +40,7 @@ from baton.wire_checks import (
     refuse,
     text,
 )
+from baton.wire_pooling import pooling_info_from_pb, pooling_info_to_pb
 from baton.wire_sampling import sampling_from_pb, sampling_to_pb
 
 _DTYPES = frozenset(("bfloat16", "float16", "float32"))
@@ -46,6 +48,7 @@ _ROLES: dict[pb.Role, Role] = {
     pb.ROLE_PREFILL: Role.PREFILL,
     pb.ROLE_DECODE: Role.DECODE,
     pb.ROLE_BOTH: Role.BOTH,
+    pb.ROLE_POOLING: Role.POOLING,
 }
 _ROLES_PB = {role: number for number, role in _ROLES.items()}
 
@@ -324,6 +327,7 @@ def role_from_pb(number: pb.Role) -> Role:
 
 
 def worker_info_to_pb(info: WorkerInfo) -> pb.WorkerInfo:
+    pooling = None if info.pooling is None else pooling_info_to_pb(info.pooling)
     return pb.WorkerInfo(
         worker_id=info.worker_id,
         incarnation=info.incarnation,
@@ -344,19 +348,23 @@ def worker_info_to_pb(info: WorkerInfo) -> pb.WorkerInfo:
         capabilities=sorted(info.capabilities),
         protocol_major=info.protocol[0],
         protocol_minor=info.protocol[1],
+        pooling=pooling,
     )
 
 
 def worker_info_from_pb(message: pb.WorkerInfo) -> WorkerInfo:
     for field in ("transports", "eos_token_ids", "capabilities"):
         check_len(getattr(message, field), MAX_ITEMS, field)
+    role = role_from_pb(message.role)
+    if (role is Role.POOLING) != message.HasField("pooling"):
+        raise refuse("a pooling worker says what it computes, and nobody else")
     return WorkerInfo(
         worker_id=text(message.worker_id, MAX_ID_LEN, "worker_id"),
         incarnation=exactly(message.incarnation, RANDOM_ID_BYTES, "incarnation"),
-        role=role_from_pb(message.role),
+        role=role,
         model=text(message.model, MAX_ADDRESS_LEN, "model"),
         fingerprint=exactly(message.fingerprint, DIGEST_BYTES, "fingerprint"),
-        layout=layout_from_pb(message.layout),
+        layout=NO_KV if role is Role.POOLING else layout_from_pb(message.layout),
         address=text(message.address, MAX_ADDRESS_LEN, "address"),
         transports=tuple(transport_from_pb(item) for item in message.transports),
         host_id=text(message.host_id, MAX_ID_LEN, "host_id"),
@@ -369,6 +377,7 @@ def worker_info_from_pb(message: pb.WorkerInfo) -> WorkerInfo:
         eos_token_ids=tuple(message.eos_token_ids),
         capabilities=frozenset(text(c, MAX_ID_LEN, "capability") for c in message.capabilities),
         protocol=(message.protocol_major, message.protocol_minor),
+        pooling=pooling_info_from_pb(message.pooling) if role is Role.POOLING else None,
     )
 
 

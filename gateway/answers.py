@@ -48,7 +48,7 @@ def start(
         BatonError: NO_WORKER.
     """
     body.check()
-    model = context.find_model(body.model)
+    model = context.find_generator(body.model)
     sampling = body.params(context.defaults)
     check_against_model(sampling, model, body.length_field)
     job = Job(

@@ -39,7 +39,7 @@ def messages_router(context: Context, route_class: type[APIRoute]) -> APIRouter:
     @router.post(f"{PATH}/count_tokens")
     async def count_tokens(body: CountTokensRequest) -> dict[str, int]:
         chat = ChatFields.model_validate(body.chat_fields())
-        model = context.find_model(body.model)
+        model = context.find_generator(body.model)
         longest = max(model.max_model_len, context.limits.max_request_tokens)
         prompt = await render_prompt(context, chat, max_model_len=longest, truncation=Truncation())
         return {"input_tokens": len(prompt.token_ids)}

@@ -18,8 +18,10 @@ from baton.gateway import (
     chat,
     cluster,
     completions,
+    embeddings,
     invocations,
     models,
+    scoring,
     token_io,
     tokenization,
 )
@@ -59,6 +61,8 @@ def create_app(context: Context, lifespan: Lifespan = _nothing) -> FastAPI:
     app.include_router(completions.completions_router(context, route_class))
     app.include_router(chat.chat_router(context, route_class))
     app.include_router(anthropic.messages_router(context, route_class))
+    app.include_router(embeddings.embeddings_router(context, route_class))
+    app.include_router(scoring.scoring_router(context, route_class))
     app.include_router(invocations.invocations_router(context, route_class))
     app.include_router(tokenization.tokenization_router(context, route_class))
     app.include_router(token_io.token_io_router(context, route_class))

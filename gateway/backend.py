@@ -13,6 +13,7 @@ from typing import Protocol
 
 from baton.errors import Cause
 from baton.messages import PrefixFetched
+from baton.pooling import PoolingInfo, PoolingRequest
 from baton.types import Logprobs, Request, Role, TokenChunk, TransferStats, WorkerSnapshot
 
 
@@ -28,6 +29,7 @@ class ServedModel:
     max_model_len: int  # prompt + output tokens
     vocab_size: int  # width of the logits; every id a client sends must be below it
     eos_token_ids: tuple[int, ...]
+    pooling: PoolingInfo | None = None  # of a model that embeds or scores, and generates nothing
 
 
 class WorkerState(StrEnum):
@@ -222,6 +224,15 @@ class Backend(Protocol):
         """Log-probabilities of prompt tokens 1, 2, … (the first has none), with
         `sampling.prompt_logprobs` alternatives each. From a worker that prefills, in bulk, beside
         the request itself, which comes without `prompt_logprobs`.
+
+        Raises:
+            BatonError: NO_WORKER, OVERLOADED, …; what one worker cannot, another has tried.
+        """
+        ...
+
+    async def pool(self, model: str, request: PoolingRequest) -> tuple[bytes, ...]:
+        """Embeddings or scores by that model, in the order of the inputs, which it can read.
+        Cancelling it takes them from the workers' queues.
 
         Raises:
             BatonError: NO_WORKER, OVERLOADED, …; what one worker cannot, another has tried.

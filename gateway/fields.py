@@ -38,7 +38,8 @@ def _number(value: object) -> object:
     return value
 
 
-def _as_list(value: object) -> object:
+def as_list(value: object) -> object:
+    """One text stands for a list of one."""
     return [value] if isinstance(value, str) else value
 
 
@@ -62,7 +63,7 @@ TokenIds = Annotated[
 _STOP = {"type": "string", "minLength": 1}
 StopStrings = Annotated[
     list[NonEmpty],
-    BeforeValidator(_as_list),
+    BeforeValidator(as_list),
     Field(max_length=_MAX_STOP_STRINGS),
     WithJsonSchema(
         {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": _MAX_STOP_STRINGS}]}

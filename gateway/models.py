@@ -5,6 +5,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from baton.gateway.backend import ServedModel
 from baton.gateway.context import Context
 
 
@@ -14,18 +15,20 @@ def models_router(context: Context) -> APIRouter:
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        entries = [
-            {
-                "id": model.name,
-                "object": "model",
-                "created": created,
-                "owned_by": "baton",
-                "root": model.name,
-                "parent": None,
-                "max_model_len": model.max_model_len,
-            }
-            for model in context.backend.models()
-        ]
+        entries = [_entry(model, created) for model in context.backend.models()]
         return {"object": "list", "data": entries}
 
     return router
+
+
+def _entry(model: ServedModel, created: int) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "id": model.name,
+        "object": "model",
+        "created": created,
+        "owned_by": "baton",
+        "root": model.name,
+        "parent": None,
+        "max_model_len": model.max_model_len,
+    }
+    return entry if model.pooling is None else {**entry, "task": model.pooling.task.value}

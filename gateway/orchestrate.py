@@ -21,6 +21,7 @@ from baton.gateway.dispatch import DispatchConfig, Dispatcher
 from baton.gateway.handovers import HandOverWatch
 from baton.gateway.legs import Emit, Ended, MachineConfig, Planner
 from baton.gateway.mover import MoverConfig
+from baton.gateway.pooling_fleet import PoolingFleet
 from baton.gateway.prefix_plan import PrefixConfig
 from baton.gateway.readiness import Readiness
 from baton.gateway.request_machine import RequestMachine
@@ -30,6 +31,7 @@ from baton.gateway.sessions import SessionConfig, WorkerSession, fetch_inventory
 from baton.grants import GrantKeys
 from baton.locality import PrefixIndex
 from baton.messages import GatewayMessage, StepBatch
+from baton.pooling import PoolingRequest
 from baton.rpc import ClusterToken
 from baton.types import BlockHash, Logprobs, Request, Role, TokenChunk, WorkerInfo, WorkerSnapshot
 
@@ -103,6 +105,7 @@ class Orchestrator:
             drop=self._drop,
         )
         self._discovery = _discovery(config, self._index, self)
+        self._poolers = PoolingFleet(self._token, config.max_pending_requests)
         self._readiness = Readiness(self._dispatcher.fleet, self._open_probe)
         self._hand_overs = HandOverWatch()
         self._sessions: dict[str, WorkerSession] = {}
@@ -134,6 +137,7 @@ class Orchestrator:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         sessions, self._sessions = self._sessions, {}
         await asyncio.gather(*(session.close() for session in sessions.values()), *self._closing)
+        await self._poolers.close()
         if self._timer is not None:
             self._timer.cancel()
 
@@ -142,22 +146,24 @@ class Orchestrator:
     def models(self) -> tuple[ServedModel, ...]:
         infos = [w.info for w in self._dispatcher.fleet if w.state is WorkerState.UP]
         if not infos:
-            return ()
+            return self._poolers.models()
         first = infos[0]
         shortest = min(info.max_model_len for info in infos)
-        return tuple(
+        generators = (
             ServedModel(name, shortest, first.vocab_size, first.eos_token_ids)
             for name in sorted({info.model for info in infos})
         )
+        return (*generators, *self._poolers.models())
 
     def ready(self) -> bool:
-        return not self._draining and self._readiness.is_ready()
+        return not self._draining and (self._readiness.is_ready() or self._poolers.is_ready())
 
     def topology(self) -> ClusterView:
         view = self._dispatcher.fleet.view()
-        known = {worker.worker_id for worker in view.workers}
+        up = (*view.workers, *self._poolers.view())
+        known = {worker.worker_id for worker in up}
         waiting = [s.info for name, s in sorted(self._sessions.items()) if name not in known]
-        workers = (*view.workers, *(_connecting(info) for info in waiting))
+        workers = (*up, *(_connecting(info) for info in waiting))
         self._look_for_hand_overs()
         return ClusterView(workers, view.links, self._hand_overs.view())
 
@@ -172,6 +178,11 @@ class Orchestrator:
         return await score(
             self._dispatcher.fleet, request, lambda info, r: fetch_scores(info, self._token, r)
         )
+
+    async def pool(self, model: str, request: PoolingRequest) -> tuple[bytes, ...]:
+        if self._draining:
+            raise BatonError(Cause.DRAINING, "the gateway is draining")
+        return await self._poolers.pool(model, request)
 
     def finish_choice(self, request_id: str, choice: int) -> None:
         self._dispatcher.finish_choice(request_id, choice, self._now_ms())
@@ -212,7 +223,11 @@ class Orchestrator:
         session = self._sessions.get(info.worker_id)
         if session is not None and not session.is_up:
             self._close_session(info.worker_id)
-            self._dispatcher.fleet.forget(info.worker_id)
+            self._forget(info.worker_id)
+
+    def _forget(self, worker_id: str) -> None:
+        self._dispatcher.fleet.forget(worker_id)
+        self._poolers.forget(worker_id)
 
     async def inventory(self, info: WorkerInfo) -> tuple[int, list[BlockHash]]:
         return await fetch_inventory(info, self._token)
@@ -229,20 +244,27 @@ class Orchestrator:
 
     def session_up(self, info: WorkerInfo) -> None:
         log.info("session with %s (%s) is up", info.worker_id, info.role)
+        if info.role is Role.POOLING:
+            self._poolers.joined(info)
+            return
         self._dispatcher.worker_joined(info, self._now_ms())
         self._readiness.fleet_changed()
         self._set_timer()
 
     def session_batch(self, worker_id: str, batch: StepBatch) -> None:
+        if worker_id in self._poolers:
+            self._poolers.received(worker_id, batch)
+            return
         self._dispatcher.received(worker_id, batch, self._now_ms())
         self._set_timer()
 
     def session_lost(self, worker_id: str, reason: str) -> None:
+        self._poolers.lost(worker_id)
         self._dispatcher.worker_lost(worker_id, self._now_ms())
         self._readiness.fleet_changed()
         if worker_id not in self._discovery.members:
             self._close_session(worker_id)
-            self._dispatcher.fleet.forget(worker_id)
+            self._forget(worker_id)
         self._set_timer()
 
     # ── the dispatcher's callbacks ───────────────────────────────────────────────────────────────

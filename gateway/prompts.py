@@ -59,26 +59,29 @@ class Truncation:
         return Prompt(ids[len(ids) - keep :] if self.side == "left" else ids[:keep])
 
 
-def parse_prompts(prompt: object) -> list[str | TokenIds]:
+def parse_prompts(prompt: object, param: str = "prompt") -> list[str | TokenIds]:
     """A text, a list of texts, a list of ids or a list of id lists → one entry per prompt.
+
+    Args:
+        param: the field.
 
     Raises:
         InvalidRequest: none of these, or one that is empty.
     """
     if isinstance(prompt, list) and prompt and type(prompt[0]) is not int:
-        return [_parse_prompt(item) for item in prompt]
-    return [_parse_prompt(prompt)]
+        return [_parse_prompt(item, param) for item in prompt]
+    return [_parse_prompt(prompt, param)]
 
 
-def _parse_prompt(prompt: object) -> str | TokenIds:
+def _parse_prompt(prompt: object, param: str) -> str | TokenIds:
     if isinstance(prompt, str) and prompt:
         return prompt
     if isinstance(prompt, list) and set(map(type, prompt)) == {int}:  # bool is none
         return tuple(prompt)
     raise InvalidRequest(
-        "prompt must be a text, a list of texts, a list of token ids or a list of such lists, and "
-        "not empty.",
-        "prompt",
+        f"{param} must be a text, a list of texts, a list of token ids or a list of such lists, "
+        "and not empty.",
+        param,
     )
 
 

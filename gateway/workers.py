@@ -71,8 +71,11 @@ class Worker:
         return self.snapshot.queued_prefill_tokens + sum(self.pending_tokens.values())
 
     def is_stuck(self) -> bool:
-        """Heartbeats come, steps do not (liveness is not progress)."""
+        """Heartbeats come, steps do not (liveness is not progress). A pooling worker, whose steps
+        are as long as its inputs, finds that out itself, and gives up what it has."""
         snapshot = self.snapshot
+        if self.role is Role.POOLING:
+            return False
         predicted = self.latency.decode_step_ms(snapshot.num_running, snapshot.context_tokens)
         predicted += self.latency.prefill_ms(min(snapshot.queued_prefill_tokens, 4096))
         return snapshot.step_age_ms > max(STUCK_MS, 5 * predicted)

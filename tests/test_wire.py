@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton import wire, wire_types
+from baton import wire, wire_pooling, wire_types
 from baton.errors import BatonError, Cause
 from baton.grants import Grant
 from baton.messages import (
@@ -34,7 +34,9 @@ from baton.messages import (
     StepBatch,
     Submit,
 )
+from baton.pooling import PoolingInfo, PoolingInput, PoolingRequest, PoolingTask
 from baton.types import (
+    NO_KV,
     FinishReason,
     KVGroup,
     KVKind,
@@ -207,11 +209,19 @@ leg_message = st.one_of(
     st.builds(LeaseLost, leg, cause),
     chunks(),
 )
-info = st.builds(
+_pooling = st.builds(
+    PoolingInfo,
+    st.sampled_from(PoolingTask),
+    st.integers(1, 2**16),
+    st.booleans(),
+    st.lists(u32, max_size=3).map(tuple),
+    st.booleans(),
+)
+_generating = st.builds(
     WorkerInfo,
     worker_id=name,
     incarnation=random_id,
-    role=st.sampled_from(Role),
+    role=st.sampled_from(sorted(set(Role) - {Role.POOLING})),
     model=name,
     fingerprint=digest,
     layout=layout,
@@ -227,6 +237,11 @@ info = st.builds(
     eos_token_ids=ids,
     capabilities=st.frozensets(name, max_size=3),
     protocol=st.tuples(u32, u32),
+)
+info = _generating | st.builds(
+    lambda made, pooling: replace(made, role=Role.POOLING, layout=NO_KV, pooling=pooling),
+    _generating,
+    _pooling,
 )
 snapshot = st.builds(
     WorkerSnapshot,
@@ -267,6 +282,43 @@ def test_ranges_survive_or_are_refused(bounds: tuple[int, ...]) -> None:
         assert wire.range_from_pb(message) == where
     else:
         assert_refused(wire.range_from_pb, message)
+
+
+_inputs = st.lists(u32, max_size=5).flatmap(
+    lambda ids: st.builds(PoolingInput, st.just(tuple(ids)), st.none() | st.integers(0, len(ids)))
+)
+
+
+@given(
+    st.builds(
+        PoolingRequest,
+        st.lists(_inputs, min_size=1, max_size=3).map(tuple),
+        st.none() | st.booleans(),
+        st.none() | u32,
+        st.integers(-(2**63), 2**63 - 1),
+    )
+)
+def test_pool_requests_survive(request: PoolingRequest) -> None:
+    message = wire_pooling.pool_request_to_pb(request)
+    copy = worker_pb2.PoolRequest.FromString(message.SerializeToString())
+    assert wire_pooling.pool_request_from_pb(copy) == request
+
+
+def test_malformed_pool_messages_are_refused() -> None:
+    def reply(*values: bytes) -> worker_pb2.PoolReply:
+        return worker_pb2.PoolReply(values=values)
+
+    def parse(message: worker_pb2.PoolReply) -> tuple[bytes, ...]:
+        return wire_pooling.pool_reply_from_pb(message, 2)
+
+    assert parse(reply(b"1234", b"12345678")) == (b"1234", b"12345678")
+    for values in ((b"1234",), (b"1234", b""), (b"1234", b"123"), (b"1234", bytes(1 << 19))):
+        assert_refused(parse, reply(*values))
+    behind = worker_pb2.PoolInput(token_ids=[1], second_start=2)
+    assert_refused(wire_pooling.pool_request_from_pb, worker_pb2.PoolRequest(inputs=[behind]))
+    assert_refused(wire_pooling.pool_request_from_pb, worker_pb2.PoolRequest())
+    for info in (common_pb2.PoolingInfo(num_values=1), common_pb2.PoolingInfo(task=1)):
+        assert_refused(wire_pooling.pooling_info_from_pb, info)
 
 
 def test_every_kind_of_message_is_generated_above() -> None:

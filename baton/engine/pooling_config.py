@@ -107,7 +107,10 @@ def _parse(config: Mapping[str, Any], modules: "_Modules") -> PoolingConfig:
         method = PoolingMethod.LAST
     longest = min(backbone.max_len, modules.max_len or backbone.max_len)
     if architecture.endswith(_CLASSIFIER):
-        info = PoolingInfo(PoolingTask.SCORE, num_values=_num_labels(config))
+        tells_pairs = isinstance(backbone, EncoderConfig) and backbone.num_token_types > 1
+        info = PoolingInfo(
+            PoolingTask.SCORE, num_values=_num_labels(config), tells_pairs=tells_pairs
+        )
         return PoolingConfig(backbone, info, method, _is_sigmoid(config), longest)
     shorter = tuple(int(n) for n in config.get("matryoshka_dimensions") or ())
     info = PoolingInfo(

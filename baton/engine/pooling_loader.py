@@ -33,7 +33,7 @@ class _Weights(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _AnyName:
-    """Checkpoints differ in whether a backbone's tensors have a prefix, and in the names of norms."""
+    """Checkpoints differ in whether a backbone's tensors have a prefix, and in names of norms."""
 
     source: _Weights
     prefix: str

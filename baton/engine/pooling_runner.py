@@ -10,6 +10,7 @@ from baton.engine.layers.packed_attention import PackedAttention
 from baton.engine.models.decoder import Decoder
 from baton.engine.models.encoder import Encoder
 from baton.engine.pooler import Pooler
+from baton.engine.pooling_core import PoolingRow
 from baton.pooling import PoolingInfo, PoolingInput
 
 
@@ -23,19 +24,6 @@ class PoolingModelInfo:
     vocab_size: int
     pooling: PoolingInfo
     device: str
-
-
-@dataclass(frozen=True, slots=True)
-class PoolingRow:
-    """One sequence of a step, and what is wanted of it; see `baton.pooling.PoolingRequest`."""
-
-    input: PoolingInput
-    use_activation: bool | None = None
-    dimensions: int | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.input.token_ids)
 
 
 class PoolingRunner:

@@ -37,6 +37,8 @@ class DecoderPlan:
     byte_fallback: bool = False  # tokens "<0xE4>": Llama 2, Mistral
     replacements: tuple[tuple[str, str], ...] = ()
     drop_in_first: str = ""  # a character that vanishes in the first token (Metaspace)
+    word_piece: str = ""  # what a token begins with that goes on with a word; others get a space
+    is_cleaned_up: bool = False  # WordPiece: no space in front of some punctuation
     strip_char: str = ""
     strip_count: int = 0  # how many of strip_char go at the start of the text
 
@@ -66,11 +68,14 @@ class DecoderPlan:
                 dropped = "" if scheme == "never" else char
                 pairs = (*self.replacements, (char, " "))
                 return replace(self, replacements=pairs, drop_in_first=dropped)
+            case {"type": "WordPiece", "prefix": prefix, "cleanup": cleanup}:
+                return replace(self, word_piece=prefix, is_cleaned_up=cleanup)
             case {"type": "Strip", "content": char, "start": start, "stop": 0}:
                 return replace(self, strip_char=char, strip_count=start)
         raise ValueError(
             f"tokenizer decoder {part.get('type')!r} is not supported; supported are ByteLevel, "
-            "Metaspace and sequences of Replace, ByteFallback, Fuse and Strip (start only)"
+            "WordPiece, Metaspace and sequences of Replace, ByteFallback, Fuse and Strip (start "
+            "only)"
         )
 
 
@@ -111,7 +116,7 @@ class TokenBytes:
 
     def get_first(self, token_id: int) -> bytes:
         """Bytes of the first token of a text."""
-        if not self.plan.drop_in_first:
+        if not self.plan.drop_in_first and not self.plan.word_piece:
             return self.get(token_id)
         return self._compute(token_id, first=True)
 
@@ -122,6 +127,8 @@ class TokenBytes:
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""
+        if self.plan.word_piece:
+            return _of_word_piece(token, self.plan, first).encode()
         if first:
             token = token.replace(self.plan.drop_in_first, "")
         for old, new in self.plan.replacements:
@@ -131,6 +138,31 @@ class TokenBytes:
         if self.plan.byte_level and all(char in _BYTE_OF_CHAR for char in token):
             return bytes(_BYTE_OF_CHAR[char] for char in token)
         return str(token).encode()
+
+
+# What the library's clean-up does, in its order.
+_CLEAN_UP = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" do not", " don't"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
+
+
+def _of_word_piece(token: str, plan: DecoderPlan, first: bool) -> str:
+    if not first:
+        goes_on = token.startswith(plan.word_piece)
+        token = token.removeprefix(plan.word_piece) if goes_on else " " + token
+    for old, new in _CLEAN_UP if plan.is_cleaned_up else ():
+        token = token.replace(old, new)
+    return token
 
 
 def _fallback_byte(token: str) -> int | None:

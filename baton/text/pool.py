@@ -36,6 +36,12 @@ class TokenizerPool:
             lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         )
 
+    async def encode_input(
+        self, text: str, second: str | None = None, **options: Any
+    ) -> tuple[list[int], int | None]:
+        """`Tokenizer.encode_input`; raises as `encode`."""
+        return await self._run(lambda: self.tokenizer.encode_input(text, second, **options))
+
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """`Tokenizer.decode`; raises as `encode`."""
         return await self._run(

@@ -144,6 +144,7 @@ class Tokenizer:
         self.bos_token_id = self._id_of(special.get("bos_token"))
         self.eos_token_id = self._id_of(special.get("eos_token"))
         self.eos_token_ids = self._eos_token_ids(files)
+        self.truncation_side = str(files.tokenizer_config.get("truncation_side", "right"))
         self.chat_template = (
             ChatTemplate(files.chat_templates, special)
             if "default" in files.chat_templates
@@ -176,6 +177,39 @@ class Tokenizer:
         """Ids of `text`; special tokens written out in it count as such. `add_special_tokens` adds
         what the model's post-processor adds (a BOS, usually)."""
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_input(
+        self,
+        text: str,
+        second: str | None = None,
+        *,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+        truncation_side: str | None = None,
+    ) -> tuple[list[int], int | None]:
+        """Ids of what a pooling model reads: one text or two, cut to `max_tokens` so that the
+        special tokens around them stay. Of two, the longer one is cut first.
+
+        Args:
+            truncation_side: "left" or "right", where tokens go; None = as the model's files say.
+
+        Returns: the ids, and where those of `second` begin.
+        """
+        parts = [
+            self._backend.encode(part, add_special_tokens=False)
+            for part in (text, second)
+            if part is not None
+        ]
+        if max_tokens is not None:
+            num_special = self._backend.num_special_tokens_to_add(second is not None)
+            room = max(max_tokens - num_special * add_special_tokens, 0)
+            sizes = _cut([len(part.ids) for part in parts], room)
+            for part, size in zip(parts, sizes, strict=True):
+                part.truncate(size, direction=truncation_side or self.truncation_side)
+        whole = self._backend.post_process(*parts, add_special_tokens=add_special_tokens)
+        types = list(whole.type_ids)
+        starts = types.index(1) if second is not None and 1 in types else None
+        return list(whole.ids), starts
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`, the same that `detokenizer()` streams. Ids outside the vocabulary
@@ -223,6 +257,18 @@ class Tokenizer:
             configured = files.model_config.get("eos_token_id")
         ids = configured if isinstance(configured, list) else [configured]
         return tuple(sorted({i for i in (*ids, self.eos_token_id) if i is not None}))
+
+
+def _cut(sizes: Sequence[int], room: int) -> list[int]:
+    """What is left of parts of these sizes, the longer of two being cut first: as transformers'
+    `longest_first`."""
+    if len(sizes) == 1 or sum(sizes) <= room:
+        return [min(size, room) for size in sizes]
+    short = min(sizes)
+    long = short if short > room else max(short, room - short)
+    if short + long > room:
+        short, long = room // 2, room - room // 2
+    return [short, long] if sizes[0] <= sizes[1] else [long, short]
 
 
 def _add_missing_tokens(

@@ -3,10 +3,10 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 from baton.config import WorkerConfig
 from baton.engine.batch import Batch, OnLayers, Runner, Sampled
-from baton.engine.thread import EngineThread
 from baton.failpoints import Failpoints
 from baton.latency import LatencyModel
 from baton.types import StepTiming
@@ -30,15 +30,35 @@ class FailingRunner:
         return self._runner.run(batch, on_layers)
 
 
+class Watched(Protocol):
+    """An engine's thread."""
+
+    @property
+    def step_started_at(self) -> float | None: ...
+
+    @property
+    def is_alive(self) -> bool: ...
+
+
 class StepWatch:
     """Is the engine making progress? Liveness (heartbeats) is something else: a worker that answers
     but whose step never ends goes red."""
 
-    def __init__(self, engine: EngineThread, latency: LatencyModel, config: WorkerConfig) -> None:
+    def __init__(
+        self,
+        engine: Watched,
+        latency: LatencyModel,
+        config: WorkerConfig,
+        longest_input: int = 0,
+    ) -> None:
+        """
+        Args:
+            longest_input: tokens that are never cut into chunks.
+        """
         self._engine = engine
         self._latency = latency
         self._largest = StepTiming(
-            num_prefill_tokens=config.max_num_batched_tokens,
+            num_prefill_tokens=max(config.max_num_batched_tokens, longest_input),
             num_decodes=config.max_num_seqs,
             context_tokens=config.max_num_seqs * (config.max_model_len or 4096),
         )

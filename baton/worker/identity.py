@@ -7,8 +7,9 @@ import socket
 from pathlib import Path
 
 from baton.config import WorkerConfig
+from baton.engine.pooling_runner import PoolingRunner
 from baton.engine.runner import ModelRunner
-from baton.types import FETCH_BY_HASH, Role, TransportAddress, WorkerInfo
+from baton.types import FETCH_BY_HASH, NO_KV, Role, TransportAddress, WorkerInfo
 
 DEMO_NAME = "baton-demo"
 CAPABILITIES = frozenset({FETCH_BY_HASH})
@@ -40,6 +41,32 @@ def describe_worker(
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
         capabilities=CAPABILITIES,
+    )
+
+
+def describe_pooling_worker(config: WorkerConfig, runner: PoolingRunner, port: int) -> WorkerInfo:
+    """`port`: of its gRPC server."""
+    model = runner.info
+    address = f"{advertised_host(config)}:{port}"
+    return WorkerInfo(
+        worker_id=config.worker_id or _default_worker_id(Role.POOLING, address),
+        incarnation=secrets.token_bytes(16),
+        role=Role.POOLING,
+        model=config.served_model_name or model.name,
+        fingerprint=model.fingerprint,
+        layout=NO_KV,
+        address=address,
+        transports=(),
+        host_id=host_id(),
+        pid=os.getpid(),
+        device=model.device,
+        num_blocks=0,
+        max_model_len=model.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        vocab_size=model.vocab_size,
+        eos_token_ids=(),
+        capabilities=frozenset({model.pooling.task.value}),
+        pooling=model.pooling,
     )
 
 

@@ -11,25 +11,66 @@ import gc
 import logging
 import os
 import signal
+from collections.abc import Callable
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from baton.build import load_tokenizer, runner_config
 from baton.config import WorkerConfig
 from baton.engine.loader import load_runner
+from baton.engine.pooling_loader import load_pooling_runner
 from baton.failpoints import Failpoints
 from baton.kvtransfer.memory import keep_freed_memory
 from baton.rpc import ClusterToken, RpcServer
 from baton.worker.policy import WorkerPolicy
+from baton.worker.pooling_process import PoolingProcess
 from baton.worker.process import WorkerProcess
 
 log = logging.getLogger(__name__)
 
 
+class Process(Protocol):
+    """What a worker process consists of: `start` once; then `drain` (or not); `close` ends
+    everything, in any state."""
+
+    async def start(self, token: ClusterToken, redis_url: str) -> asyncio.Future[Exception]:
+        """Serve and register; the result is set when the worker breaks."""
+        ...
+
+    async def drain(self, timeout_s: float) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+Load = Callable[[RpcServer, int, Failpoints, AsyncExitStack], Process]
+
+
 def run(config: WorkerConfig, policy: WorkerPolicy) -> int:
     """Serve until a signal; returns the exit status."""
+
+    def load(
+        server: RpcServer, port: int, failpoints: Failpoints, stack: AsyncExitStack
+    ) -> Process:
+        runner = load_runner(runner_config(config, config), lambda: load_tokenizer(config))
+        stack.callback(runner.close)
+        return WorkerProcess(config, policy, failpoints, runner, server, port)
+
+    return _run(config, load)
+
+
+def run_pooling(config: WorkerConfig) -> int:
+    """Serve a pooling model until a signal; returns the exit status."""
+
+    def load(server: RpcServer, port: int, _: Failpoints, __: AsyncExitStack) -> Process:
+        runner = load_pooling_runner(runner_config(config, config))
+        return PoolingProcess(config, runner, server, port)
+
+    return _run(config, load)
+
+
+def _run(config: WorkerConfig, load: Load) -> int:
     if config.redis_url is None:
         log.error("--redis-url is missing: without it no gateway finds this worker")
         return 2
@@ -39,15 +80,13 @@ def run(config: WorkerConfig, policy: WorkerPolicy) -> int:
     keep_freed_memory()
     try:
         failpoints = Failpoints(config.failpoint)
-        return asyncio.run(_serve(config, policy, failpoints, config.redis_url))
+        return asyncio.run(_serve(config, load, failpoints, config.redis_url))
     except (ValueError, OSError) as error:
         log.error("%s", error)
         return 2
 
 
-async def _serve(
-    config: WorkerConfig, policy: WorkerPolicy, failpoints: Failpoints, redis_url: str
-) -> int:
+async def _serve(config: WorkerConfig, load: Load, failpoints: Failpoints, redis_url: str) -> int:
     token = ClusterToken(tuple(secret.get_secret_value() for secret in config.cluster_token))
     server = RpcServer(token)
     port = server.bind(config.worker_host, config.worker_port)
@@ -55,10 +94,8 @@ async def _serve(
         torch.set_num_threads(config.threads)
     async with AsyncExitStack() as stack:
         # Blocks the loop on purpose: nothing is served yet, and a signal ends the load at once.
-        runner = load_runner(runner_config(config, config), lambda: load_tokenizer(config))
-        stack.callback(runner.close)
+        process = load(server, port, failpoints, stack)
         told_to_stop = _listen_to_signals()
-        process = WorkerProcess(config, policy, failpoints, runner, server, port)
         stack.push_async_callback(process.close)
         failed = await process.start(token, redis_url)
         if failpoints:

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client import Counter as PrometheusCounter
 
 from baton.engine.events import LegFailed, LegPreempted, StepOutput
+from baton.engine.pooling_core import PoolingOutput
 from baton.errors import Cause
 from baton.kvtransfer.lease import COUNTS
 from baton.messages import (
@@ -84,6 +85,15 @@ class MetricsObserver:
             elif isinstance(event, LegFailed):
                 metrics.failures.labels(event.cause.name.lower()).inc()
         self._show(output.snapshot)
+
+    def pooled(self, output: PoolingOutput, snapshot: WorkerSnapshot) -> None:
+        """A step of a pooling worker."""
+        self._metrics.step_s.observe(output.timing.duration_ms / 1e3)
+        self._metrics.prefill_tokens.inc(output.timing.num_prefill_tokens)
+        for result in output.results:
+            if isinstance(result.value, Cause):
+                self._metrics.failures.labels(result.value.name.lower()).inc()
+        self._show(snapshot)
 
     def received(self, message: GatewayMessage) -> None:
         pass

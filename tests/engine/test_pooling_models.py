@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import transformers
 
 from baton.engine.pooling_config import PoolingMethod, is_pooling_model, load_pooling_config
-from baton.engine.pooling_runner import PoolingRow
+from baton.engine.pooling_core import PoolingRow
 from baton.errors import InvalidRequest
 from baton.pooling import PoolingInput, PoolingTask
 from tests.engine.tiny_models import random_prompts

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import transformers
 
+from baton.engine.pooling_core import PoolingRow
 from baton.engine.pooling_loader import load_pooling_runner
-from baton.engine.pooling_runner import PoolingRow, PoolingRunner
+from baton.engine.pooling_runner import PoolingRunner
 from baton.engine.runner_config import RunnerConfig
 from baton.pooling import PoolingInput
 from tests.engine.tiny_models import VOCAB_SIZE

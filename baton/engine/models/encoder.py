@@ -1,6 +1,7 @@
 """The encoder that BERT, RoBERTa and XLM-RoBERTa share.
 
-    word + position + type ─► norm ─► q, k, v ─► attention ─► o ─►(+x)─► norm ─► act(up) ─► down ─►(+x)─► norm
+    word + position + type ─► norm ─► x
+    x ─► q, k, v ─► attention ─► o ─►(+x)─► norm ─► act(up) ─► down ─►(+x)─► norm
 
 The names of its tensors are those of a checkpoint without a head.
 """

@@ -13,6 +13,7 @@ class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROLE_PREFILL: _ClassVar[Role]
     ROLE_DECODE: _ClassVar[Role]
     ROLE_BOTH: _ClassVar[Role]
+    ROLE_POOLING: _ClassVar[Role]
 
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -74,10 +75,17 @@ class StructuredKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STRUCTURED_KIND_CHOICE: _ClassVar[StructuredKind]
     STRUCTURED_KIND_GRAMMAR: _ClassVar[StructuredKind]
     STRUCTURED_KIND_STRUCTURAL_TAG: _ClassVar[StructuredKind]
+
+class PoolingTask(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    POOLING_TASK_UNSPECIFIED: _ClassVar[PoolingTask]
+    POOLING_TASK_EMBED: _ClassVar[PoolingTask]
+    POOLING_TASK_SCORE: _ClassVar[PoolingTask]
 ROLE_UNSPECIFIED: Role
 ROLE_PREFILL: Role
 ROLE_DECODE: Role
 ROLE_BOTH: Role
+ROLE_POOLING: Role
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -127,6 +135,9 @@ STRUCTURED_KIND_REGEX: StructuredKind
 STRUCTURED_KIND_CHOICE: StructuredKind
 STRUCTURED_KIND_GRAMMAR: StructuredKind
 STRUCTURED_KIND_STRUCTURAL_TAG: StructuredKind
+POOLING_TASK_UNSPECIFIED: PoolingTask
+POOLING_TASK_EMBED: PoolingTask
+POOLING_TASK_SCORE: PoolingTask
 
 class LegId(_message.Message):
     __slots__ = ("request_id", "attempt")
@@ -340,8 +351,22 @@ class TransportAddress(_message.Message):
     address: str
     def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
+class PoolingInfo(_message.Message):
+    __slots__ = ("task", "num_values", "is_matryoshka", "dimensions", "tells_pairs")
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    NUM_VALUES_FIELD_NUMBER: _ClassVar[int]
+    IS_MATRYOSHKA_FIELD_NUMBER: _ClassVar[int]
+    DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
+    TELLS_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    task: PoolingTask
+    num_values: int
+    is_matryoshka: bool
+    dimensions: _containers.RepeatedScalarFieldContainer[int]
+    tells_pairs: bool
+    def __init__(self, task: _Optional[_Union[PoolingTask, str]] = ..., num_values: _Optional[int] = ..., is_matryoshka: _Optional[bool] = ..., dimensions: _Optional[_Iterable[int]] = ..., tells_pairs: _Optional[bool] = ...) -> None: ...
+
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "role", "model", "fingerprint", "layout", "address", "transports", "host_id", "pid", "device", "num_blocks", "max_model_len", "max_num_seqs", "vocab_size", "eos_token_ids", "capabilities", "protocol_major", "protocol_minor")
+    __slots__ = ("worker_id", "incarnation", "role", "model", "fingerprint", "layout", "address", "transports", "host_id", "pid", "device", "num_blocks", "max_model_len", "max_num_seqs", "vocab_size", "eos_token_ids", "capabilities", "protocol_major", "protocol_minor", "pooling")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -361,6 +386,7 @@ class WorkerInfo(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_MAJOR_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_MINOR_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: bytes
     role: Role
@@ -380,7 +406,8 @@ class WorkerInfo(_message.Message):
     capabilities: _containers.RepeatedScalarFieldContainer[str]
     protocol_major: int
     protocol_minor: int
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., address: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[TransportAddress, _Mapping]]] = ..., host_id: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., capabilities: _Optional[_Iterable[str]] = ..., protocol_major: _Optional[int] = ..., protocol_minor: _Optional[int] = ...) -> None: ...
+    pooling: PoolingInfo
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., role: _Optional[_Union[Role, str]] = ..., model: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., address: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[TransportAddress, _Mapping]]] = ..., host_id: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., capabilities: _Optional[_Iterable[str]] = ..., protocol_major: _Optional[int] = ..., protocol_minor: _Optional[int] = ..., pooling: _Optional[_Union[PoolingInfo, _Mapping]] = ...) -> None: ...
 
 class LinkRate(_message.Message):
     __slots__ = ("transport", "same_host", "bytes_per_s")

@@ -8,6 +8,32 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class PoolInput(_message.Message):
+    __slots__ = ("token_ids", "second_start")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SECOND_START_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    second_start: int
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., second_start: _Optional[int] = ...) -> None: ...
+
+class PoolRequest(_message.Message):
+    __slots__ = ("inputs", "use_activation", "dimensions", "priority")
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    USE_ACTIVATION_FIELD_NUMBER: _ClassVar[int]
+    DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    inputs: _containers.RepeatedCompositeFieldContainer[PoolInput]
+    use_activation: bool
+    dimensions: int
+    priority: int
+    def __init__(self, inputs: _Optional[_Iterable[_Union[PoolInput, _Mapping]]] = ..., use_activation: _Optional[bool] = ..., dimensions: _Optional[int] = ..., priority: _Optional[int] = ...) -> None: ...
+
+class PoolReply(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, values: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
 class ScoreRequest(_message.Message):
     __slots__ = ("request",)
     REQUEST_FIELD_NUMBER: _ClassVar[int]

@@ -44,6 +44,11 @@ class WorkerStub:
                 request_serializer=baton_dot_v1_dot_worker__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_worker__pb2.ScoreReply.FromString,
                 _registered_method=True)
+        self.Pool = channel.unary_unary(
+                '/baton.v1.Worker/Pool',
+                request_serializer=baton_dot_v1_dot_worker__pb2.PoolRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_worker__pb2.PoolReply.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -62,6 +67,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pool(self, request, context):
+        """Embeddings or scores, from a pooling worker. Cancelled with the call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -74,6 +86,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=baton_dot_v1_dot_worker__pb2.ScoreRequest.FromString,
                     response_serializer=baton_dot_v1_dot_worker__pb2.ScoreReply.SerializeToString,
+            ),
+            'Pool': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pool,
+                    request_deserializer=baton_dot_v1_dot_worker__pb2.PoolRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_worker__pb2.PoolReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -130,6 +147,33 @@ class Worker:
             '/baton.v1.Worker/Score',
             baton_dot_v1_dot_worker__pb2.ScoreRequest.SerializeToString,
             baton_dot_v1_dot_worker__pb2.ScoreReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pool(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Worker/Pool',
+            baton_dot_v1_dot_worker__pb2.PoolRequest.SerializeToString,
+            baton_dot_v1_dot_worker__pb2.PoolReply.FromString,
             options,
             channel_credentials,
             insecure,
