@@ -115,11 +115,11 @@ async def _scores(
     for text in (text for pair in pairs for text in pair):
         numbers.setdefault(text, len(numbers))
     results = await job.results(await encoder.texts(list(numbers), param))
-    vectors = [np.frombuffer(result, "<f4") for result in results]
+    vectors = [np.frombuffer(result, "<f4").astype(np.float64) for result in results]
     return [cosine(vectors[numbers[a]], vectors[numbers[b]]) for a, b in pairs]
 
 
-def cosine(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:
+def cosine(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
     """Of the angle between two vectors; 0 if one has no direction."""
     norms = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
     return float(np.dot(a, b)) / norms if norms else 0.0

@@ -1,6 +1,7 @@
 """A backend that plays scripts instead of talking to workers."""
 
 import asyncio
+import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from baton.gateway.backend import (
     WorkerState,
     WorkerView,
 )
+from baton.pooling import PoolingInput, PoolingRequest
 from baton.types import (
     FinishReason,
     LegId,
@@ -94,6 +96,9 @@ class FakeBackend:
     refuse: BatonError | None = None
     streams: list[FakeStream] = field(default_factory=list)
     scored: list[Request] = field(default_factory=list)
+    pooled: list[PoolingRequest] = field(default_factory=list)
+    hold: asyncio.Event | None = None  # pooling waits for it
+    num_pooling: int = 0
 
     def models(self) -> tuple[ServedModel, ...]:
         return self.served
@@ -130,6 +135,23 @@ class FakeBackend:
             for i in request.prompt_token_ids[1:]
         )
 
+    async def pool(self, model: str, request: PoolingRequest) -> tuple[bytes, ...]:
+        self.pooled.append(request)
+        if self.refuse is not None:
+            raise self.refuse
+        served = next(one for one in self.served if one.name == model)
+        assert served.pooling is not None, "a generating model was asked to pool"
+        num_values = request.dimensions or served.pooling.num_values
+        self.num_pooling += 1
+        try:
+            if self.hold is not None:
+                await self.hold.wait()
+        finally:
+            self.num_pooling -= 1
+        return tuple(
+            struct.pack(f"<{num_values}f", *embedding(one, num_values)) for one in request.inputs
+        )
+
     def open(self, request: Request) -> FakeStream:
         if self.refuse is not None:
             raise self.refuse
@@ -139,6 +161,12 @@ class FakeBackend:
     @property
     def request(self) -> Request:
         return self.streams[-1].request
+
+
+def embedding(one: PoolingInput, num_values: int) -> list[float]:
+    """What a `FakeBackend` makes of an input."""
+    numbers = [len(one.token_ids), *one.token_ids, *range(num_values)]
+    return [number % 7 / 7 + 0.1 * index for index, number in enumerate(numbers[:num_values])]
 
 
 def chunks(
