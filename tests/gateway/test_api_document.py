@@ -8,6 +8,7 @@ from fastapi import FastAPI
 
 from baton.config import LimitSettings
 from baton.gateway.openai import ChatCompletionRequest, CompletionRequest
+from baton.gateway.pooling_fields import EmbeddingRequest, RerankRequest, ScoreRequest
 from baton.gateway.token_io import GenerateRequest, TokenSampling
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
@@ -15,6 +16,9 @@ BODIES = {
     "C": (CompletionRequest,),
     "H": (ChatCompletionRequest,),
     "G": (GenerateRequest, TokenSampling),
+    "E": (EmbeddingRequest,),
+    "S": (ScoreRequest,),
+    "R": (RerankRequest,),
 }
 
 
