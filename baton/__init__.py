@@ -3,13 +3,21 @@
 from typing import TYPE_CHECKING, Any
 
 from baton.beam_search import BeamSearchParams
+from baton.pooling import PoolingParams
 from baton.types import SamplingParams, StructuredOutput
 
 if TYPE_CHECKING:
     from baton.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "BeamSearchParams", "SamplingParams", "StructuredOutput", "__version__"]
+__all__ = [
+    "LLM",
+    "BeamSearchParams",
+    "PoolingParams",
+    "SamplingParams",
+    "StructuredOutput",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

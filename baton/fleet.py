@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.config import ServeConfig, to_env
-from baton.engine.checkpoint import resolve_checkpoint
-from baton.engine.pooling_config import is_pooling_model
+from baton.engine.pooling_config import is_pooling
 from baton.gpus import assign_gpus, visible_gpus
 from baton.redis_server import redis_command, redis_url
 from baton.supervisor import ChildSpec, Supervisor
@@ -120,18 +119,6 @@ def _worker_names(config: ServeConfig, is_pooling: bool) -> list[str]:
     ]
 
 
-def is_pooling_fleet(config: ServeConfig) -> bool:
-    """Whether `config.model` is to be served for embeddings or scores.
-
-    Raises:
-        InvalidRequest: its files cannot be had.
-    """
-    if config.runner != "auto":
-        return config.runner == "pooling"
-    source, revision = config.model_source, config.revision
-    return is_pooling_model(resolve_checkpoint(source, revision, weights=False))
-
-
 def _free_port(host: str) -> int:
     with socket.socket() as probe:
         probe.bind((host, 0))
@@ -144,7 +131,9 @@ def _num_cores() -> int:
 
 async def serve(config: ServeConfig) -> int:
     """Run the fleet until a signal; returns the exit status. A second signal kills at once."""
-    fleet = Fleet(config, is_pooling=await asyncio.to_thread(is_pooling_fleet, config))
+    source, revision = config.model_source, config.revision
+    pools = await asyncio.to_thread(is_pooling, source, revision, config.runner)
+    fleet = Fleet(config, is_pooling=pools)
     if not fleet.worker_names:
         names = "--pooling-workers" if fleet.is_pooling else "--prefill-workers, --decode-workers"
         log.error("nothing to serve with: 0 for %s", names)

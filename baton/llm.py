@@ -24,9 +24,17 @@ from baton.build import engine_config, runner_config
 from baton.config import EngineSettings, ModelSettings
 from baton.engine.core import EngineCore
 from baton.engine.loader import load_runner
+from baton.engine.pooling_config import is_pooling
 from baton.errors import InvalidRequest
 from baton.offline import OfflineEngine
-from baton.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from baton.outputs import (
+    BeamSearchOutput,
+    BeamSearchSequence,
+    EmbeddingRequestOutput,
+    RequestOutput,
+    ScoringRequestOutput,
+)
+from baton.pooling import PoolingParams
 from baton.text import Tokenizer, bad_words_token_ids
 from baton.types import FinishReason, Request, SamplingParams
 
@@ -41,6 +49,8 @@ class LLMOptions(TypedDict, total=False):
 
     tokenizer: str
     revision: str
+    runner: str
+    pooler_config: str
     load_format: str
     dtype: str
     device: str
@@ -57,12 +67,24 @@ class LLMOptions(TypedDict, total=False):
     threads: int
 
 
-class _Settings(ModelSettings, EngineSettings):
+class LLMSettings(ModelSettings, EngineSettings):
     """Checks LLMOptions and fills in the defaults."""
 
 
 class LLM:
-    """A model, its KV pool and its tokenizer. Not thread-safe."""
+    """A model, its KV pool and its tokenizer. Not thread-safe.
+
+    A pooling model (embeddings, scores) makes a `baton.pooling_llm.PoolingLLM` of it.
+    """
+
+    def __new__(cls, model: str | None = None, **options: Unpack[LLMOptions]) -> Self:
+        settings = LLMSettings.model_validate({"model": model, **options})
+        source, revision = settings.model_source, settings.revision
+        if cls is LLM and is_pooling(source, revision, settings.runner):
+            from baton.pooling_llm import PoolingLLM
+
+            return super().__new__(PoolingLLM)  # type: ignore[return-value]
+        return super().__new__(cls)
 
     def __init__(self, model: str | None = None, **options: Unpack[LLMOptions]) -> None:
         """Load `model`, a directory or hub id; the bundled demo model if None.
@@ -74,7 +96,7 @@ class LLM:
             ValueError: a bad option, or a tokenizer that cannot be used.
             InvalidRequest: the checkpoint cannot be served.
         """
-        settings = _Settings.model_validate({"model": model, **options})
+        settings = LLMSettings.model_validate({"model": model, **options})
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self._tokenizer = Tokenizer.from_pretrained(
@@ -106,7 +128,7 @@ class LLM:
         """
         if not self._is_open:
             raise RuntimeError("this LLM is closed")
-        parsed = [self._parse(prompt) for prompt in _as_list(prompts)]
+        parsed = [self._parse(prompt) for prompt in as_list(prompts)]
         params = self._params(sampling_params, len(parsed))
         requests = [
             (self._request(ids, one), text) for (text, ids), one in zip(parsed, params, strict=True)
@@ -128,7 +150,7 @@ class LLM:
         Raises:
             InvalidRequest, BatonError: as `generate`.
         """
-        parsed = [ids for _, ids in map(self._parse, _as_list(prompts))]
+        parsed = [ids for _, ids in map(self._parse, as_list(prompts))]
         eos = self._runner.info.eos_token_ids
         searches = [BeamSearch(self._cut(params, ids), eos) for ids in parsed]
         while True:
@@ -201,6 +223,36 @@ class LLM:
         ]
         return self.generate(encoded, sampling_params, use_tqdm=use_tqdm)
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | None = None,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """The embedding of one text or of many, by an embedding model.
+
+        Raises:
+            InvalidRequest: a text cannot be served, or the model does something else.
+        """
+        raise _unable("embed")
+
+    def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        *,
+        pooling_params: PoolingParams | None = None,
+        use_tqdm: bool = True,
+    ) -> list[ScoringRequestOutput]:
+        """How well texts go together, 1:1, 1:N or N:N: by a cross-encoder, or as the cosine of what
+        an embedding model makes of them.
+
+        Raises:
+            InvalidRequest: a text cannot be served, or the model does something else.
+        """
+        raise _unable("score")
+
     def get_tokenizer(self) -> Tokenizer:
         return self._tokenizer
 
@@ -229,16 +281,8 @@ class LLM:
 
     def _parse(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
         """(text, token ids); the text is None when only ids were given."""
-        match prompt:
-            case str():
-                return prompt, tuple(self._tokenizer.encode(prompt))
-            case {"prompt": str() as text, "prompt_token_ids": ids}:
-                return text, _token_ids(ids)
-            case {"prompt_token_ids": ids}:
-                return None, _token_ids(ids)
-            case {"prompt": str() as text}:
-                return text, tuple(self._tokenizer.encode(text))
-        return None, _token_ids(prompt)
+        text, ids = split_prompt(prompt)
+        return text, tuple(self._tokenizer.encode(text or "")) if ids is None else ids
 
     def _params(
         self, given: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
@@ -276,6 +320,10 @@ class LLM:
         return request
 
 
+def _unable(what: str) -> InvalidRequest:
+    return InvalidRequest(f"the model does not {what}: it generates text", "model")
+
+
 class _Rate:
     """Shows a progress bar's tokens per second."""
 
@@ -295,10 +343,28 @@ class _Rate:
         self._bar.update()
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+def as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int)):
         return [prompts]  # type: ignore[list-item]
     return prompts  # type: ignore[return-value]
+
+
+def split_prompt(prompt: Prompt) -> tuple[str | None, tuple[int, ...] | None]:
+    """(text, token ids): one of them or both, as given.
+
+    Raises:
+        InvalidRequest: no prompt.
+    """
+    match prompt:
+        case str():
+            return prompt, None
+        case {"prompt": str() as text, "prompt_token_ids": ids}:
+            return text, _token_ids(ids)
+        case {"prompt_token_ids": ids}:
+            return None, _token_ids(ids)
+        case {"prompt": str() as text}:
+            return text, None
+    return None, _token_ids(prompt)
 
 
 def _token_ids(ids: object) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What `LLM.generate` returns; names and shapes are vLLM's."""
+"""What the methods of `LLM` return; names and shapes are vLLM's."""
 
 from dataclasses import dataclass
 
@@ -52,3 +52,39 @@ class BeamSearchOutput:
     """One prompt; the best sequence first."""
 
     sequences: list[BeamSearchSequence]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingOutput:
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        return len(self.embedding)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequestOutput:
+    """One text and its embedding."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0  # nothing is cached
+    finished: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringOutput:
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringRequestOutput:
+    """One pair of texts and how well they go together."""
+
+    request_id: str
+    outputs: ScoringOutput
+    prompt_token_ids: list[int]  # of both
+    num_cached_tokens: int = 0  # nothing is cached
+    finished: bool = True

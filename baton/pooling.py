@@ -45,6 +45,15 @@ class PoolingInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolingParams:
+    """What `LLM.embed` and `LLM.score` take besides their texts; names are vLLM's."""
+
+    dimensions: int | None = None  # the first so many values, of a Matryoshka model
+    use_activation: bool | None = None  # norm 1 of an embedding, sigmoid of a score; None = model's
+    truncate_prompt_tokens: int | None = None  # tokens of an input; -1 = what the model reads
+
+
+@dataclass(frozen=True, slots=True)
 class PoolingInput:
     """One text, or two that are looked at together, as token ids."""
 

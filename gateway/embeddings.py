@@ -16,6 +16,7 @@ from baton.gateway.pooling_answers import Pooling, PoolingAnswer
 from baton.gateway.pooling_fields import EmbeddingRequest
 from baton.gateway.pooling_inputs import InputEncoder, parse_inputs
 from baton.pooling import PoolingTask
+from baton.scoring import to_vector
 
 PATH = "/v1/embeddings"
 
@@ -65,11 +66,9 @@ def answer(context: Context, body: EmbeddingRequest, request: Request, endpoint:
 
 
 def _encode(body: EmbeddingRequest, result: bytes) -> list[float] | str:
-    values = np.frombuffer(result, "<f4")
     if body.encoding_format == "float":
-        numbers: list[float] = values.tolist()
-        return numbers
+        return to_vector(result)
     order = sys.byteorder if body.endianness == "native" else body.endianness
     width = np.dtype(body.embed_dtype).itemsize
     kind = f"{'<' if order == 'little' else '>'}f{width}"
-    return base64.b64encode(values.astype(kind).tobytes()).decode("ascii")
+    return base64.b64encode(np.frombuffer(result, "<f4").astype(kind).tobytes()).decode("ascii")

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from baton.errors import InvalidRequest
 from baton.gateway.fields import Bool, Fields, Int, NonEmpty, Prompts, Text, as_list
+from baton.scoring import Pair, pair_up
 
 _MAX_MESSAGES = 2048
 _TEXT = {"type": "string", "minLength": 1}
@@ -115,18 +116,14 @@ class ScoreRequest(PoolingFields):
     data_2: Texts | None = Field(None, description="text_2 by another name.")
     items: Texts | None = Field(None, description="text_2 by another name.")
 
-    def pairs(self) -> list[tuple[str, str]]:
+    def pairs(self) -> list[Pair]:
         """
         Raises:
             InvalidRequest: a side is missing, or they do not go together.
         """
         first = self._side("text_1", "queries", "data_1")
         second = self._side("text_2", "documents", "data_2", "items")
-        if len(first) == 1:
-            first = first * len(second)
-        if len(first) != len(second):
-            raise InvalidRequest("Input lengths must be either 1:1, 1:N or N:N.", "text_2")
-        return list(zip(first, second, strict=True))
+        return pair_up(first, second, "text_2")
 
     def _side(self, *names: str) -> list[str]:
         given = [name for name in names if getattr(self, name) is not None]

@@ -10,8 +10,8 @@ from baton.gateway.context import Context
 from baton.gateway.pooling_fields import EmbeddingRequest, PoolingFields
 from baton.gateway.prompts import MAX_CHARS_PER_TOKEN, TokenIds, check_num_chars, parse_prompts
 from baton.pooling import PoolingInput, check_input
+from baton.scoring import Pair
 
-Pair = tuple[str, str]
 Item = TypeVar("Item")
 _TOKENIZED_AT_ONCE = 4
 

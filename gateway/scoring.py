@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 
@@ -17,8 +15,9 @@ from baton.gateway.answers import public_id
 from baton.gateway.context import Context
 from baton.gateway.pooling_answers import Pooling, PoolingAnswer
 from baton.gateway.pooling_fields import RerankRequest, ScoreRequest
-from baton.gateway.pooling_inputs import InputEncoder, Pair, check_num_inputs
+from baton.gateway.pooling_inputs import InputEncoder, check_num_inputs
 from baton.pooling import PoolingInfo, PoolingTask
+from baton.scoring import Pair, distinct_texts, to_cosines, to_scores
 
 SCORE_PATHS = ("/score", "/v1/score")
 RERANK_PATHS = ("/rerank", "/v1/rerank", "/v2/rerank")
@@ -108,18 +107,5 @@ async def _scores(
     param: str,
 ) -> list[float]:
     if pooling.task is PoolingTask.SCORE:
-        results = await job.results(await encoder.pairs(pairs, param))
-        return [float(np.frombuffer(result, "<f4")[0]) for result in results]
-    # Each text once, however many pairs it is in.
-    numbers: dict[str, int] = {}
-    for text in (text for pair in pairs for text in pair):
-        numbers.setdefault(text, len(numbers))
-    results = await job.results(await encoder.texts(list(numbers), param))
-    vectors = [np.frombuffer(result, "<f4").astype(np.float64) for result in results]
-    return [cosine(vectors[numbers[a]], vectors[numbers[b]]) for a, b in pairs]
-
-
-def cosine(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
-    """Of the angle between two vectors; 0 if one has no direction."""
-    norms = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
-    return float(np.dot(a, b)) / norms if norms else 0.0
+        return to_scores(await job.results(await encoder.pairs(pairs, param)))
+    return to_cosines(pairs, await job.results(await encoder.texts(distinct_texts(pairs), param)))

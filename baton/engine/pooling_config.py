@@ -13,6 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from baton.engine.checkpoint import resolve_checkpoint
 from baton.engine.encoder_config import ENCODERS, EncoderConfig, parse_encoder_config
 from baton.engine.model_config import FAMILIES, ModelConfig, parse_model_config, read_json
 from baton.errors import InvalidRequest
@@ -42,6 +43,20 @@ class PoolingConfig:
     method: PoolingMethod
     use_activation: bool  # unless a request says otherwise
     max_len: int  # tokens of one input
+
+
+def is_pooling(model: str, revision: str | None, runner: str) -> bool:
+    """Whether a model (a directory or hub id) is to be run for embeddings or scores.
+
+    Args:
+        runner: "auto", "generate" or "pooling".
+
+    Raises:
+        InvalidRequest: its files cannot be had.
+    """
+    if runner != "auto":
+        return runner == "pooling"
+    return is_pooling_model(resolve_checkpoint(model, revision, weights=False))
 
 
 def is_pooling_model(path: Path) -> bool:

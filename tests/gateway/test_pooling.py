@@ -14,8 +14,8 @@ import pytest
 from baton.errors import BatonError, Cause
 from baton.gateway.backend import ServedModel
 from baton.gateway.context import Context
-from baton.gateway.scoring import cosine
 from baton.pooling import PoolingInfo, PoolingInput, PoolingTask
+from baton.scoring import cosine
 from baton.text import Tokenizer
 from tests.gateway.fakes import FakeBackend, embedding
 from tests.gateway.test_errors import error_of as any_error_of

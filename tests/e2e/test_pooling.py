@@ -1,0 +1,77 @@
+"""A fleet of pooling workers: the demo model embeds, its last token pooled."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from baton import LLM
+from baton.config import ServeConfig
+
+TEXTS = [f"def function_{number}(argument):" + " pass" * number for number in range(40)]
+
+
+@pytest.fixture(scope="module")
+def fleet(make_fleet: Any) -> Iterator[Any]:
+    with make_fleet("pooling-0", "pooling-1") as fleet:
+        fleet.wait_workers("pooling-0", "pooling-1")
+        yield fleet
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[float]]:
+    model = ServeConfig().model_source
+    with LLM(model, runner="pooling", dtype="float32", max_model_len=1024) as llm:
+        return [output.outputs.embedding for output in llm.embed(TEXTS, use_tqdm=False)]
+
+
+def embed(fleet: Any, texts: list[str]) -> list[list[float]]:
+    answer = fleet.client.post("/v1/embeddings", json={"input": texts})
+    assert answer.status_code == 200, answer.text
+    return [entry["embedding"] for entry in answer.json()["data"]]
+
+
+def assert_close(ours: list[list[float]], theirs: list[list[float]]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_embeddings_are_those_of_one_process(fleet: Any, expected: Any) -> None:
+    assert_close(embed(fleet, TEXTS), expected)
+    score = fleet.client.post("/score", json={"text_1": TEXTS[0], "text_2": TEXTS[:2]}).json()
+    assert score["data"][0]["score"] == pytest.approx(1.0, abs=1e-5)
+    cosine = sum(a * b for a, b in zip(*expected[:2], strict=True))
+    assert score["data"][1]["score"] == pytest.approx(cosine, abs=1e-4)
+    refused = fleet.client.post("/v1/completions", json={"prompt": "x"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "model")
+
+
+def test_workers_that_are_killed_stopped_or_ended_cost_no_answer(fleet: Any, expected: Any) -> None:
+    def ask(_: int) -> list[list[float]]:
+        return embed(fleet, TEXTS)
+
+    with ThreadPoolExecutor(4) as threads:
+        answers = threads.map(ask, range(24))
+        assert_close(next(answers), expected)
+        fleet.kill("pooling-0")
+        for answer in answers:
+            assert_close(answer, expected)
+        fleet.start_worker("pooling-0")
+        fleet.wait_workers("pooling-0", "pooling-1")
+        fleet.stop("pooling-1")
+        for answer in threads.map(ask, range(4)):
+            assert_close(answer, expected)
+        fleet.cont("pooling-1")
+        fleet.wait_workers("pooling-0", "pooling-1")
+        answers = threads.map(ask, range(16))
+        assert_close(next(answers), expected)
+        assert fleet.terminate("pooling-1") == 0
+        for answer in answers:
+            assert_close(answer, expected)
+    requests = "baton_requests_total"
+    assert fleet.metric(requests, endpoint="/v1/embeddings") >= 44
+    assert fleet.metric(requests, endpoint="/v1/embeddings") == fleet.metric(
+        requests, endpoint="/v1/embeddings", outcome="ok"
+    )
+    fleet.assert_no_leak()
