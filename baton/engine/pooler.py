@@ -47,7 +47,7 @@ class Pooler:
 
 def _pool(hidden: Tensor, lengths: Sequence[int], method: PoolingMethod) -> Tensor:
     if method is PoolingMethod.MEAN:
-        return torch.stack([part.mean(0) for part in hidden.float().split(list(lengths))])
+        return torch.stack([part.mean(0) for part in torch.split(hidden.float(), list(lengths))])
     ends = list(accumulate(lengths))
     first = [end - length for end, length in zip(ends, lengths, strict=True)]
     rows = first if method is PoolingMethod.CLS else [end - 1 for end in ends]

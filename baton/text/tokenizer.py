@@ -195,18 +195,18 @@ class Tokenizer:
 
         Returns: the ids, and where those of `second` begin.
         """
-        parts = [
-            self._backend.encode(part, add_special_tokens=False)
-            for part in (text, second)
-            if part is not None
-        ]
+        one = self._backend.encode(text, add_special_tokens=False)
+        other = None
+        if second is not None:
+            other = self._backend.encode(second, add_special_tokens=False)
+        parts = [one] if other is None else [one, other]
         if max_tokens is not None:
             num_special = self._backend.num_special_tokens_to_add(second is not None)
             room = max(max_tokens - num_special * add_special_tokens, 0)
             sizes = _cut([len(part.ids) for part in parts], room)
             for part, size in zip(parts, sizes, strict=True):
                 part.truncate(size, direction=truncation_side or self.truncation_side)
-        whole = self._backend.post_process(*parts, add_special_tokens=add_special_tokens)
+        whole = self._backend.post_process(one, other, add_special_tokens=add_special_tokens)
         types = list(whole.type_ids)
         starts = types.index(1) if second is not None and 1 in types else None
         return list(whole.ids), starts

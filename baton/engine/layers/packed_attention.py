@@ -41,15 +41,15 @@ class PackedAttention:
             window, start, seen = self._windows[layer], 0, []
             for length, count in runs:
                 part = slice(start, start := start + length * count)
-                heads = (_heads(x[part], count, q.shape[1]) for x in (q, k, v))
                 mask = masks.get((length, window))
-                seen.append(
-                    F.scaled_dot_product_attention(
-                        *heads, attn_mask=mask, is_causal=self._causal and mask is None
-                    )
-                    .transpose(1, 2)
-                    .reshape(length * count, -1)
+                heads = F.scaled_dot_product_attention(
+                    _heads(q[part], count, q.shape[1]),
+                    _heads(k[part], count, q.shape[1]),
+                    _heads(v[part], count, q.shape[1]),
+                    attn_mask=mask,
+                    is_causal=self._causal and mask is None,
                 )
+                seen.append(heads.transpose(1, 2).reshape(length * count, -1))
             return seen[0] if len(seen) == 1 else torch.cat(seen)
 
         return attend
@@ -57,7 +57,7 @@ class PackedAttention:
 
 def _heads(x: Tensor, count: int, num_heads: int) -> Tensor:
     """[count * length, heads, head_dim] → [count, num_heads, length, head_dim]."""
-    apart = x.unflatten(0, (count, -1)).transpose(1, 2)
+    apart = x.view(count, -1, *x.shape[1:]).transpose(1, 2)
     return apart.repeat_interleave(num_heads // x.shape[1], dim=1)
 
 
