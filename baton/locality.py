@@ -25,7 +25,7 @@ from google.protobuf import json_format
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from baton import wire_types
+from baton import wire_workers
 from baton.errors import BatonError
 from baton.messages import BlocksRemoved, BlocksStored, LocalityEvent
 from baton.types import HASH_TOKENS, BlockHash, WorkerInfo
@@ -80,7 +80,7 @@ def stream_key(cluster: str, info: WorkerInfo) -> str:
 
 
 def encode_registration(signer: Signer, cluster: str, info: WorkerInfo) -> str:
-    body = json_format.MessageToJson(wire_types.worker_info_to_pb(info), indent=None)
+    body = json_format.MessageToJson(wire_workers.worker_info_to_pb(info), indent=None)
     mac = signer.sign(worker_key(cluster, info.worker_id), body.encode())
     return json.dumps({"schema": SCHEMA, "info": body, "mac": mac})
 
@@ -95,7 +95,7 @@ def decode_registration(signer: Signer, key: str, value: bytes) -> WorkerInfo:
         raise ValueError("signature does not match")
     try:
         message = json_format.Parse(body, common_pb2.WorkerInfo(), ignore_unknown_fields=True)
-        info = wire_types.worker_info_from_pb(message)
+        info = wire_workers.worker_info_from_pb(message)
     except (BatonError, json_format.ParseError) as error:
         raise ValueError(str(error)) from None
     if not key.endswith(f":w:{info.worker_id}"):

@@ -71,12 +71,14 @@ from baton.wire_types import (
     score_reply_to_pb,
     score_request_from_pb,
     score_request_to_pb,
-    snapshot_from_pb,
-    snapshot_to_pb,
     stats_from_pb,
     stats_to_pb,
     ticket_from_pb,
     ticket_to_pb,
+)
+from baton.wire_workers import (
+    snapshot_from_pb,
+    snapshot_to_pb,
     timing_from_pb,
     timing_to_pb,
     transport_from_pb,

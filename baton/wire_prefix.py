@@ -15,7 +15,8 @@ from baton.wire_checks import (
     finite,
     text,
 )
-from baton.wire_types import stats_from_pb, stats_to_pb, transport_from_pb, transport_to_pb
+from baton.wire_types import stats_from_pb, stats_to_pb
+from baton.wire_workers import transport_from_pb, transport_to_pb
 
 
 def grant_to_pb(grant: Grant) -> kv_pb2.Grant:
