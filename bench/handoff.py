@@ -4,21 +4,20 @@
 
 Real processes on this host: gateway, workers of one thread each, Redis (`bench.small_fleet`).
 
-Hand-overs: the bench plays the gateway on the wire. Of each prompt, in one go: from "prefill has
-the first token" to "decode has the second", minus one decode step (the median of those after it),
-over the bare move: a second fetch of the same KV between the same two processes over the same
-transport, all of it ready (pack, checksum, move, verify, unpack). D is bound *early*, when P admits
-the prompt, or *late*, with the first token; *routed* is the gateway's own choice, as a client sees
-it over HTTP. The prompt of one token shows what a call costs that has next to nothing to move.
+Hand-overs: the bench plays the gateway on the wire. Of each prompt: from "prefill has the first
+token" to "decode has the second", minus one decode step (the median of those after it), over the
+bare move, which is the fetch alone when all of the KV is there (pack, checksum, move, verify,
+unpack, between the same processes). D is bound *early*, when P admits the prompt, then a second
+time, *late*, when everything is there; *routed* is the gateway's own choice, as a client sees it
+over HTTP. The prompt of one token shows what a call costs that has next to nothing to move.
 
 Streams: long prompts arrive into running streams, at one prefill and one decode worker (apart), and
 at two workers that do both (together): as many cores. TTFT is of the long prompts, ITL and TPOT of
 the streams that they run into.
 
 Milliseconds and *ratio* are medians. *best* is the same ratio of the shortest of each: what
-there is to see on a machine that is busy with other things. Both parts stop when
-their time is up, with as many repeats as there were; the whole takes about five minutes, and longer
-on such a machine.
+there is to see on a machine that is busy with other things. Both parts stop when their time is up,
+with as many repeats as there were; the whole takes about five minutes.
 """
 
 import argparse
@@ -32,22 +31,19 @@ from statistics import median
 import httpx
 
 from bench.handoff_streams import Streams, quantile, routed_gaps, run_streams
-from bench.handoff_wire import NUM_OUTPUTS, HandOver, WireGateway, hand_over
+from bench.handoff_wire import NUM_OUTPUTS, HandOver, Prompt, WireGateway, hand_over
 from bench.small_fleet import small_fleet
-
-Gaps = tuple[float, float]  # first to second token, one decode step
 
 MIN_REPEATS = 2
 CALL_TOKENS = 256  # a hand-over takes about as long as so many tokens do, and its tokens
-HEADER = (
-    "| tokens | MiB | over | bound | repeats | prefill ms | bare ms | overhead ms | ratio | best |"
-)
+COLUMNS = "tokens,MiB,over,bound,repeats,prefill ms,step ms,bare ms,overhead ms,ratio,best"
 
 
 async def measure_hand_overs(
     transports: Sequence[str], lengths: Sequence[int], seconds: float
 ) -> None:
-    print(f"\n{HEADER}\n|{'---|' * 10}", flush=True)
+    names = COLUMNS.split(",")
+    print(f"\n| {' | '.join(names)} |\n|{'---|' * len(names)}", flush=True)
     async with small_fleet(1, 1, transports) as fleet:
         gateway = WireGateway(fleet.redis_url)
         try:
@@ -72,32 +68,33 @@ async def _measure_length(
     """In turn, so that a busy machine hits all alike; at least MIN_REPEATS, then until the time is
     up."""
     for over in transports:
-        await hand_over(gateway, length, over, is_early=True)  # connections, buffers
-    made: dict[tuple[str, str], list[HandOver]] = defaultdict(list)
-    routed: list[Gaps] = []
+        await hand_over(gateway, length, over)  # connections, buffers
+    made: dict[str, list[Prompt]] = defaultdict(list)
+    routed: list[HandOver] = []
     while len(routed) < MIN_REPEATS or time.perf_counter() < stop_at:
         for over in transports:
-            for bound in ("early", "late"):
-                done = await hand_over(gateway, length, over, is_early=bound == "early")
-                made[over, bound].append(done)
-        routed.append(await routed_gaps(client, length, NUM_OUTPUTS))
-    for (over, bound), rows in made.items():
-        print_row(length, over, bound, rows, [(row.between, row.step) for row in rows])
-    rows = made[transports[0], "early"] + made[transports[0], "late"]
-    print_row(length, transports[0], "routed", rows, routed)
+            made[over].append(await hand_over(gateway, length, over))
+        routed.append(HandOver(*await routed_gaps(client, length, NUM_OUTPUTS)))
+    for over, prompts in made.items():
+        print_row(length, over, "early", prompts, [prompt.early for prompt in prompts])
+        print_row(length, over, "late", prompts, [prompt.late for prompt in prompts])
+    print_row(length, transports[0], "routed", made[transports[0]], routed)
 
 
-def print_row(length: int, over: str, bound: str, rows: list[HandOver], gaps: list[Gaps]) -> None:
-    overhead, bare = median(a - b for a, b in gaps), median(row.bare for row in rows)
-    best = min(between for between, _ in gaps) - min(step for _, step in gaps)
+def print_row(
+    length: int, over: str, bound: str, prompts: list[Prompt], made: list[HandOver]
+) -> None:
+    overhead, bare = median(x.between - x.step for x in made), median(x.bare for x in prompts)
+    best = min(x.between for x in made) - min(x.step for x in made)
     columns = [
-        f"{length:5} | {rows[0].num_bytes / 2**20:5.1f} | {over:4} | {bound:6}",
-        f"{len(gaps):3}",
-        f"{median(row.prefill for row in rows):6.0f}",
+        f"{length:5} | {prompts[0].num_bytes / 2**20:5.1f} | {over:4} | {bound:6}",
+        f"{len(made):3}",
+        f"{median(x.prefill for x in prompts):6.0f}",
+        f"{median(x.step for x in made):6.1f}",
         f"{bare:6.1f}",
         f"{overhead:6.1f}",
         f"{overhead / bare:5.2f}",
-        f"{best / min(row.bare for row in rows):5.2f}",
+        f"{best / min(x.bare for x in prompts):5.2f}",
     ]
     print(f"| {' | '.join(columns)} |", flush=True)
 

@@ -7,13 +7,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
+from typing import TypeVar
 
 from baton.config import ServeConfig
 from baton.gateway.discovery import Discovery
 from baton.gateway.sessions import SessionConfig, WorkerSession
 from baton.locality import PrefixIndex
 from baton.messages import (
-    Abort,
     Admitted,
     Bind,
     Failed,
@@ -27,11 +27,13 @@ from baton.messages import (
     Submit,
 )
 from baton.rpc import ClusterToken
-from baton.types import KVTicket, LegId, Request, SamplingParams, TokenChunk, WorkerInfo
+from baton.types import LegId, Request, SamplingParams, TokenChunk, TransferStats, WorkerInfo
 from bench.small_fleet import VOCAB
 
 NUM_OUTPUTS = 8
 PATIENCE_S = 60.0
+
+T = TypeVar("T", bound=LegMessage)
 
 
 class WireGateway:
@@ -103,6 +105,17 @@ class WireGateway:
             raise RuntimeError(f"{message}")
         return at, message
 
+    async def expect(self, leg: LegId, kind: type[T]) -> tuple[float, T]:
+        """The next one of this kind; others before it are skipped.
+
+        Raises:
+            RuntimeError, TimeoutError: as `take`.
+        """
+        while True:
+            at, message = await self.take(leg)
+            if isinstance(message, kind):
+                return at, message
+
     async def close(self) -> None:
         self._running.cancel()
         await asyncio.wait([self._running])
@@ -118,68 +131,75 @@ async def _no_inventory(_: WorkerInfo) -> tuple[int, list[object]]:
 class HandOver:
     """Milliseconds of one of them."""
 
-    prefill: float  # Admitted to first token
-    between: float  # first token from P to second token from D
+    between: float  # first token from P, or Bind if that is later, to second token from D
     step: float  # median of the decode steps that follow
-    bare: float  # a second fetch of the same KV, all of it ready
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What one prompt showed; milliseconds."""
+
+    prefill: float  # Admitted to first token
+    early: HandOver
+    late: HandOver
+    bare: float  # the late fetch by itself
     num_bytes: int
 
 
-class _Bound:
-    """Binds one leg of a ticket to D, over one transport, and says when."""
+class _Decode:
+    """One leg on D: when its tokens came, and what it fetched."""
 
-    def __init__(
-        self, gateway: WireGateway, prompt: tuple[int, ...], sampling: SamplingParams, over: str
-    ) -> None:
+    def __init__(self, gateway: WireGateway, leg: LegId) -> None:
         self._gateway = gateway
-        self._prompt = prompt
-        self._sampling = sampling
-        self._producer = gateway.info("prefill-0")
-        self._transports = tuple(t for t in self._producer.transports if t.name == over)
-        if not self._transports:
-            raise RuntimeError(f"the workers have no transport {over!r} here")
+        self._leg = leg
+        self.stats = TransferStats("")
 
-    def bind(self, ticket: KVTicket) -> LegId:
-        leg = self._gateway.new_leg()
-        request = Request(leg.request_id, self._prompt, self._sampling)
-        host_id = self._producer.host_id
-        self._gateway.send("decode-0", Bind(leg, request, ticket, self._transports, host_id))
-        return leg
+    async def tokens(self) -> list[float]:
+        """When each of them came."""
+        times: list[float] = []
+        while len(times) < NUM_OUTPUTS:
+            at, message = await self._gateway.take(self._leg)
+            if isinstance(message, Imported):
+                self.stats = message.stats
+            times += [at] * isinstance(message, TokenChunk)
+        return times
 
 
-async def hand_over(gateway: WireGateway, length: int, over: str, is_early: bool) -> HandOver:
-    """One prompt of random tokens. `is_early`: D is bound when P has admitted the prompt, else with
-    the first token."""
+def _hand_over(began_at: float, times: list[float]) -> HandOver:
+    step = median((b - a) * 1e3 for a, b in pairwise(times[1:]))
+    return HandOver(between=(times[1] - began_at) * 1e3, step=step)
+
+
+async def hand_over(gateway: WireGateway, length: int, over: str) -> Prompt:
+    """A prompt of random tokens, handed over twice over one transport: bound when P has admitted
+    it, and bound again when all its KV is there (a second reader of the same lease)."""
     prompt = tuple(random.randrange(10, VOCAB) for _ in range(length))
     sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=NUM_OUTPUTS, ignore_eos=True)
-    binding = _Bound(gateway, prompt, sampling, over)
-    on_p, on_d = gateway.new_leg(), None
+    producer, on_p = gateway.info("prefill-0"), gateway.new_leg()
+    transports = tuple(t for t in producer.transports if t.name == over)
+    if not transports:
+        raise RuntimeError(f"the workers have no transport {over!r} here")
+
+    def bind() -> _Decode:
+        leg = gateway.new_leg()
+        request = Request(leg.request_id, prompt, sampling)
+        gateway.send("decode-0", Bind(leg, request, ticket, transports, producer.host_id))
+        return _Decode(gateway, leg)
+
     gateway.send("prefill-0", Submit(on_p, Request(on_p.request_id, prompt, sampling)))
-    ticket: KVTicket | None = None
-    admitted_at = first_at = 0.0
-    while not first_at:
-        at, message = await gateway.take(on_p)
-        if isinstance(message, Admitted):
-            admitted_at, ticket = at, message.ticket
-            if is_early and ticket is not None:
-                on_d = binding.bind(ticket)
-        elif isinstance(message, TokenChunk):
-            first_at = at
-    assert ticket is not None, "a token before its ticket"
-    on_d = on_d or binding.bind(ticket)
-    times: list[float] = []
-    while len(times) < NUM_OUTPUTS:
-        at, message = await gateway.take(on_d)
-        times += [at] * isinstance(message, TokenChunk)
-    again = binding.bind(ticket)
-    while not isinstance(message, Imported) or message.leg != again:
-        _, message = await gateway.take(again)
-    gateway.send("decode-0", Abort(again))
+    admitted_at, admitted = await gateway.expect(on_p, Admitted)
+    ticket = admitted.ticket
+    assert ticket is not None, "a prefill has one"
+    early = bind()
+    first_at, _ = await gateway.expect(on_p, TokenChunk)
+    early_times = await early.tokens()
+    bound_at, late = time.perf_counter(), bind()
+    late_times = await late.tokens()
     gateway.send("prefill-0", Release(on_p))
-    return HandOver(
+    return Prompt(
         prefill=(first_at - admitted_at) * 1e3,
-        between=(times[1] - first_at) * 1e3,
-        step=median((b - a) * 1e3 for a, b in pairwise(times[1:])),
-        bare=message.stats.duration_ms,
-        num_bytes=message.stats.num_bytes,
+        early=_hand_over(first_at, early_times),
+        late=_hand_over(bound_at, late_times),
+        bare=late.stats.duration_ms,
+        num_bytes=late.stats.num_bytes,
     )

@@ -82,8 +82,10 @@ class ShmTransport:
             await call.done()
         except BaseException as error:
             inlet.close()
-            await settle(*watching)
-            await call.cancel(error)
+            try:
+                await call.cancel(error)
+            finally:
+                await settle(*watching)
             raise
         await settle(*watching)
         self._keep(peer.path, inlet)

@@ -91,9 +91,11 @@ class UcxTransport:
             raise
         finally:
             self._worker.close_inbox(tag, is_drained=failure is None)
-            await settle(*watching)
-            if failure is not None:
-                await call.cancel(failure)
+            try:
+                if failure is not None:
+                    await call.cancel(failure)
+            finally:
+                await settle(*watching)
         self._calls.linger(call)
         return TransferStats(
             self.name,

@@ -136,6 +136,24 @@ async def test_cancelling_while_frames_pour_in(pair: Pair) -> None:
         assert len(sink.frames) == num_frames
 
 
+@pytest.mark.parametrize("num_turns", range(4))
+async def test_cancelling_again_while_it_ends(pair: Pair, num_turns: int) -> None:
+    """Whoever is in a hurry does not cut short what has to be told."""
+    source = ScriptedSource(silent)
+    peer = await pair.producer.start(source)
+    sink = RecordingSink(5)
+    fetching = asyncio.create_task(pair.consumer.fetch(peer, make_fetch(1), sink))
+    await sink.entered.wait()
+    fetching.cancel()
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+        fetching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await fetching
+    async with asyncio.timeout(30):
+        await source.attachments[0].closed.wait()
+
+
 async def test_a_refusal_arrives_with_its_cause(pair: Pair) -> None:
     source = ScriptedSource(silent)
     peer = await pair.producer.start(source)
