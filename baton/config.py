@@ -245,6 +245,19 @@ class GatewaySettings(_Section):
         False, description="Show tokens of logprobs as token_id:N."
     )
     stream_interval: int = Field(1, gt=0, description="Tokens in one chunk of a stream, at least.")
+    response_redis_url: str | None = Field(
+        None, description="Where /v1/responses stores; --redis-url if absent."
+    )
+    response_ttl_s: float = Field(
+        86_400.0, ge=0, description="How long a response is stored; 0 = not at all."
+    )
+    response_store_bytes: ByteSize = Field(
+        32 * 2**20, description="Stored responses of one API key; the oldest make room."
+    )
+    max_response_bytes: ByteSize = Field(4 * 2**20, description="One stored response.")
+    max_background_responses: int = Field(
+        256, gt=0, description="Responses that one gateway runs in the background."
+    )
 
 
 class LimitSettings(_Section):

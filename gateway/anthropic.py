@@ -11,6 +11,7 @@ from baton.gateway.chat import begin, choice_message
 from baton.gateway.chat_fields import ChatFields
 from baton.gateway.choice import Delta
 from baton.gateway.context import Context
+from baton.gateway.fields import translated
 from baton.gateway.generation import Generation, Usage
 from baton.gateway.message_fields import CountTokensRequest, MessagesRequest
 from baton.gateway.openai import ChatCompletionRequest
@@ -38,7 +39,7 @@ def messages_router(context: Context, route_class: type[APIRoute]) -> APIRouter:
 
     @router.post(f"{PATH}/count_tokens")
     async def count_tokens(body: CountTokensRequest) -> dict[str, int]:
-        chat = ChatFields.model_validate(body.chat_fields())
+        chat = translated(ChatFields, body.chat_fields(), {})
         model = context.find_generator(body.model)
         longest = max(model.max_model_len, context.limits.max_request_tokens)
         prompt = await render_prompt(context, chat, max_model_len=longest, truncation=Truncation())

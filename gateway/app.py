@@ -31,6 +31,8 @@ from baton.gateway.context import Context
 from baton.gateway.errors import ERROR_RESPONSES, api_error
 from baton.gateway.limits import Guard
 from baton.gateway.link_metrics import LinkMetrics
+from baton.gateway.responses.routes import responses_router
+from baton.gateway.responses.service import ResponseService
 
 Lifespan = Callable[[], AbstractAsyncContextManager[None]]
 
@@ -40,8 +42,11 @@ async def _nothing() -> AsyncIterator[None]:
     yield
 
 
-def create_app(context: Context, lifespan: Lifespan = _nothing) -> FastAPI:
-    """`lifespan` is entered before the first request and left after the last."""
+def create_app(
+    context: Context, lifespan: Lifespan = _nothing, responses: ResponseService | None = None
+) -> FastAPI:
+    """`lifespan` is entered before the first request and left after the last; `responses`, if there
+    is a store for them, is whoever made it to close."""
 
     @asynccontextmanager
     async def run(app: FastAPI) -> AsyncIterator[None]:
@@ -63,6 +68,7 @@ def create_app(context: Context, lifespan: Lifespan = _nothing) -> FastAPI:
     app.include_router(anthropic.messages_router(context, route_class))
     app.include_router(embeddings.embeddings_router(context, route_class))
     app.include_router(scoring.scoring_router(context, route_class))
+    app.include_router(responses_router(context, responses or ResponseService(), route_class))
     app.include_router(invocations.invocations_router(context, route_class))
     app.include_router(tokenization.tokenization_router(context, route_class))
     app.include_router(token_io.token_io_router(context, route_class))

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 
 from baton.config import GatewaySettings
+from baton.errors import InvalidRequest
 from baton.gateway.answers import (
     FINGERPRINT,
     NO_CHOICE_EXTRAS,
@@ -59,19 +60,26 @@ def begin(
     request: Request,
     endpoint: str,
     id_prefix: str = "chatcmpl",
+    prompt_param: str = "messages",
 ) -> Generation:
     """
+    Args:
+        prompt_param: the field that `body.messages` come from.
+
     Raises:
         BatonError: refused.
     """
-
     settings = context.settings
     body.check_tools(auto=settings.enable_auto_tool_choice)
 
     async def encode(model: ServedModel) -> Sequence[Prompt]:
         truncation = Truncation.to_fit(body, model.max_model_len)
         length = model.max_model_len
-        return [await render_prompt(context, body, max_model_len=length, truncation=truncation)]
+        try:
+            return [await render_prompt(context, body, max_model_len=length, truncation=truncation)]
+        except InvalidRequest as error:
+            param = prompt_param if error.param == "messages" else error.param
+            raise InvalidRequest(error.message, param, error.cause) from None
 
     return start(
         context,
@@ -79,7 +87,7 @@ def begin(
         body,
         endpoint=endpoint,
         id_prefix=id_prefix,
-        prompt_param="messages",
+        prompt_param=prompt_param,
         encode=encode,
     )
 

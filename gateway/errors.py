@@ -27,6 +27,7 @@ _STATUS_CODES = {
     415: "unsupported_media_type",
     431: "headers_too_large",
 }
+_PLACES = (("body",), ("query",), ("path",))
 _CAUSE_CODES = {
     Cause.INVALID_REQUEST: None,
     Cause.UNAUTHENTICATED: "invalid_api_key",
@@ -46,6 +47,23 @@ class ErrorResponse(BaseModel):
     """The body of every answer that is not 2xx; for the OpenAPI document."""
 
     error: ErrorDetail
+
+
+class Refusal(HTTPException):
+    """What HTTP alone knows of, with the code and the field that its answer names."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.code = code
+        self.param = param
 
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -93,6 +111,9 @@ def api_error(error: BaseException, request_id: str) -> ApiError:
             return _from_baton_error(error, request_id)
         case RequestValidationError():
             return _from_validation(error.errors())
+        case Refusal():
+            headers = error.headers or {}
+            return ApiError(error.status_code, error.detail, error.param, error.code, headers)
         case HTTPException():
             code = _STATUS_CODES.get(error.status_code)
             return ApiError(error.status_code, error.detail, code=code, headers=error.headers or {})
@@ -118,7 +139,7 @@ def _from_baton_error(error: BatonError, request_id: str) -> ApiError:
 def _from_validation(errors: Sequence[Any]) -> ApiError:
     """The first fault by name; the others are counted. Input is not repeated, keys included."""
     first = errors[0]
-    path = [part for part in first["loc"] if part != "body"]
+    path = list(first["loc"][1:] if first["loc"][:1] in _PLACES else first["loc"])
     where = [str(part) for part in path if part in path[:1] or isinstance(part, int)]
     message = f"{'.'.join(where) or 'body'}: {first['msg']}"
     if len(errors) > 1:

@@ -6,7 +6,7 @@ refused by name, unless it asks for what happens anyway.
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     StrictBool,
     StrictStr,
+    ValidationError,
     WithJsonSchema,
     model_validator,
 )
@@ -121,6 +122,27 @@ class Fields(BaseModel):
                 if data[name] not in cls.refused[name]:
                     raise InvalidRequest(f"{name} is not supported.", name, Cause.UNSUPPORTED)
         return data
+
+
+Body = TypeVar("Body", bound=Fields)
+
+
+def translated(kind: type[Body], fields: dict[str, Any], names: Mapping[str, str]) -> Body:
+    """A body that was made of another one.
+
+    Args:
+        names: fields of `kind` → where they come from, if that is called otherwise.
+
+    Raises:
+        InvalidRequest: what came from there does not fit.
+    """
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0]) if first["loc"] else ""
+        name = names.get(field, field)
+        raise InvalidRequest(f"{name}: {first['msg']}", name or None) from None
 
 
 class StreamOptions(Fields):

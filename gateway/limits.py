@@ -49,6 +49,13 @@ class Keys:
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         return any(matches) and scheme.lower() == "bearer"
 
+    def tenant(self, authorization: str | None) -> str:
+        """Who an accepted key stands for; says nothing about the key. Without keys all are one."""
+        if not self._digests:
+            return "public"
+        key = (authorization or "").partition(" ")[2].strip().encode("latin-1")
+        return hashlib.sha256(b"baton-tenant-1" + key).hexdigest()
+
 
 def _authorization(headers: Headers) -> str | None:
     """OpenAI's way to send a key, or Anthropic's."""
@@ -57,7 +64,7 @@ def _authorization(headers: Headers) -> str | None:
 
 
 class Guard:
-    """The ASGI layer. Sets `scope["state"]["request_id"]`, for logs and headers only."""
+    """The ASGI layer. Sets `request_id` (for logs and headers only) and `tenant` in its state."""
 
     def __init__(self, app: ASGIApp, limits: LimitSettings, keys: Sequence[str] = ()) -> None:
         self._app = app
@@ -71,7 +78,9 @@ class Guard:
             return
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get("x-request-id"))
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        state["tenant"] = self._keys.tenant(_authorization(headers))
 
         body = _Body(receive, self._limits, self._buffer)
 

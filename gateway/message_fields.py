@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from baton.errors import InvalidRequest
-from baton.gateway.fields import Bool, Fields, Float, Int, NonEmpty, Text
+from baton.gateway.fields import Bool, Fields, Float, Int, NonEmpty, Text, translated
 from baton.gateway.openai import ChatCompletionRequest
 
 _MAX_MESSAGES = 2048
@@ -99,7 +99,7 @@ class MessagesRequest(CountTokensRequest):
         for name in ("model", "max_tokens", "stream", "temperature", "top_p", "top_k"):
             fields[name] = getattr(self, name)
         fields["stop"] = self.stop_sequences
-        return ChatCompletionRequest.model_validate(fields)
+        return translated(ChatCompletionRequest, fields, {"stop": "stop_sequences"})
 
 
 def _text_of(content: str | Sequence[Mapping[str, Any]], where: str) -> str:

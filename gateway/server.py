@@ -25,6 +25,8 @@ from baton.gateway.context import Context
 from baton.gateway.defaults import SamplingDefaults
 from baton.gateway.orchestrate import Orchestrator
 from baton.gateway.protocol import http_protocol
+from baton.gateway.responses.service import ResponseService
+from baton.gateway.responses.store import ResponseStore
 from baton.telemetry import GatewayMetrics
 from baton.text import Tokenizer, TokenizerPool
 from baton.tracing import make_tracer
@@ -99,17 +101,19 @@ async def serve(
         try:
             yield
         finally:
+            await responses.close()
             await orchestrator.close()
             pool.close()
             if tracer is not None:
                 await asyncio.to_thread(tracer.close)
 
+    responses = _responses(config)
     registry = CollectorRegistry()
     vllm = VllmMetrics(registry) if config.metrics_compat == "vllm" else None
     metrics = GatewayMetrics(registry, vllm)
     context = Context(orchestrator, pool, config, metrics, config, defaults, tracer=tracer)
     server = Server(
-        create_app(context, lifespan),
+        create_app(context, lifespan, responses),
         config,
         config.drain_timeout_s,
         on_drain=lambda: _drain(context, orchestrator),
@@ -119,6 +123,21 @@ async def serve(
     log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     await server.serve([listener])
     return 0
+
+
+def _responses(config: GatewayConfig) -> ResponseService:
+    url = config.response_redis_url or config.redis_url
+    if url is None or config.response_ttl_s == 0:
+        return ResponseService()
+    store = ResponseStore(
+        url,
+        config.cluster,
+        [secret.get_secret_value() for secret in config.cluster_token],
+        ttl_s=config.response_ttl_s,
+        max_bytes=config.response_store_bytes,
+        max_item_bytes=config.max_response_bytes,
+    )
+    return ResponseService(store, max_background=config.max_background_responses)
 
 
 _CUT = BatonError(Cause.DRAINING, "The gateway was shut down before the answer was complete.")

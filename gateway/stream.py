@@ -9,7 +9,7 @@ the stream ends without `[DONE]`.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from baton.config import LimitSettings
 from baton.errors import BatonError
 from baton.gateway.accounting import OK, outcome_of
 from baton.gateway.choice import Delta, joined
-from baton.gateway.errors import api_error
+from baton.gateway.errors import ApiError, api_error
 from baton.gateway.generation import Generation, Usage
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class Streaming:
     continuous_usage: bool = False  # in every chunk
     interval: int = 1  # tokens in one chunk, at least; the first of a choice goes at once
     named_events: bool = False  # each named after its "type", and no [DONE] behind the last
+    failure: Callable[[ApiError], Sequence[dict[str, Any]]] | None = None  # the events that tell it
 
 
 class Shape(Protocol):
@@ -137,9 +138,15 @@ class GenerationResponse(Response):
         limits: LimitSettings,
         *,
         streaming: Streaming | None = None,
+        before_end: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """Without `streaming`, one JSON body."""
+        """
+        Args:
+            streaming: without it, one JSON body.
+            before_end: awaited when the shape has the whole answer, and the client not yet.
+        """
         super().__init__()
+        self._before_end = before_end
         self._generation = generation
         self._shape = shape
         self._limits = limits
@@ -176,11 +183,14 @@ class GenerationResponse(Response):
         in_order = [choices[index] for index in sorted(choices)]
         generation.record.outcome = OK
 
-        def render() -> bytes:
-            return to_json(self._shape.answer(in_order, generation.usage()))
+        def shaped() -> dict[str, Any]:
+            return self._shape.answer(in_order, generation.usage())
 
         is_bulk = generation.job.sampling.prompt_logprobs is not None
-        body = await asyncio.to_thread(render) if is_bulk else render()
+        answer = await asyncio.to_thread(shaped) if is_bulk else shaped()
+        if self._before_end is not None:
+            await self._before_end()
+        body = await asyncio.to_thread(to_json, answer) if is_bulk else to_json(answer)
         await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _send_events(self, how: Streaming, scope: Scope, send: Send) -> None:
@@ -209,8 +219,11 @@ class GenerationResponse(Response):
         self._generation.record.outcome = outcome_of(error)
         if not isinstance(error, BatonError):
             log.error("%s failed", self._generation.job.id, exc_info=error)
+        told = api_error(error, request_id)
         kind = {"type": "error"} if how.named_events else {}
-        await writer.json({**kind, **api_error(error, request_id).body()})
+        events = [{**kind, **told.body()}] if how.failure is None else how.failure(told)
+        for event in events:
+            await writer.json(event)
         await writer.end()
 
     async def _write_deltas(self, how: Streaming, writer: EventWriter) -> None:
@@ -225,7 +238,10 @@ class GenerationResponse(Response):
         if generation.aborted:
             return
         if how.include_usage or how.named_events:
-            for chunk in self._shape.last_chunks(generation.usage()):
+            last = self._shape.last_chunks(generation.usage())
+            if self._before_end is not None:
+                await self._before_end()
+            for chunk in last:
                 await writer.json(chunk)
         await writer.end(b"" if how.named_events else _DONE)
         generation.record.outcome = OK

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from baton.config import LimitSettings
 from baton.gateway.openai import ChatCompletionRequest, CompletionRequest
 from baton.gateway.pooling_fields import EmbeddingRequest, RerankRequest, ScoreRequest
+from baton.gateway.responses.fields import ResponsesRequest
 from baton.gateway.token_io import GenerateRequest, TokenSampling
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
@@ -43,6 +44,15 @@ def test_every_refused_field_is_listed() -> None:
     refused = set(re.findall(r"`(\w+)`", DOCUMENT.split("Refused by name:")[1].split("\n\n")[0]))
     known = CompletionRequest.refused.keys() | ChatCompletionRequest.refused.keys()
     assert refused == known
+
+
+def test_every_field_of_responses_is_listed() -> None:
+    section = DOCUMENT.split("\n## Responses\n")[1].split("\n## ")[0]
+    table, refused = section.split("\nRefused: ")
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    listed = set(re.findall(r"`(\w+)`", "".join(rows)))
+    assert listed == ResponsesRequest.model_fields.keys()
+    assert ResponsesRequest.refused.keys() <= set(re.findall(r"`(\w+)`", refused.split(";")[0]))
 
 
 def test_every_limit_is_listed() -> None:

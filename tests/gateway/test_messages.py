@@ -176,6 +176,8 @@ def test_blocks_become_messages() -> None:
         ({"messages": [{"role": "user", "content": [{"text": 3}]}]}, "messages"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "tool_choice"),
+        ({"tools": [TOOL | {"name": "a b"}]}, "tools"),
+        ({"tools": [TOOL] * 129}, "tools"),
         ({"temperature": 3}, "temperature"),
         ({"stop_sequences": [""]}, "stop_sequences"),
         ({"mcp_servers": [{}]}, "mcp_servers"),
@@ -185,6 +187,12 @@ async def test_refusals(client: httpx.AsyncClient, fields: dict[str, Any], param
     response = await client.post(URL, json=BODY | fields)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"].startswith(param)
+
+
+async def test_count_tokens_refuses_what_messages_refuse(client: httpx.AsyncClient) -> None:
+    body = {"messages": [USER], "tools": [TOOL | {"name": "a b"}]}
+    response = await client.post(f"{URL}/count_tokens", json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "tools")
 
 
 async def test_count_tokens(client: httpx.AsyncClient, backend: FakeBackend) -> None:

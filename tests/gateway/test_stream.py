@@ -101,7 +101,7 @@ async def test_leaving_before_the_first_token(
     assert not fake.aborted.is_set()
     call.leave()
     await asyncio.wait_for(fake.aborted.wait(), 1)
-    await asyncio.wait_for(call.done, 1)
+    await asyncio.wait_for(call.done, 30)
     assert not call.sent
     count = context.metrics.requests.labels(COMPLETIONS, "cancelled")._value.get()
     assert count == 1
@@ -119,7 +119,7 @@ async def test_leaving_between_tokens(
     if stream:
         await call.until("data: ")
     call.leave()
-    await asyncio.wait_for(call.done, 1)
+    await asyncio.wait_for(call.done, 30)
     assert len(backend.streams) == 2
     assert all(fake.aborted.is_set() for fake in backend.streams)
     assert "[DONE]" not in call.text
@@ -141,7 +141,7 @@ async def test_leaving_while_the_prompt_is_tokenized(
     call.leave()
     await asyncio.sleep(0)
     finish.set()
-    await asyncio.wait_for(call.done, 1)
+    await asyncio.wait_for(call.done, 30)
     assert not backend.streams
 
 
@@ -152,7 +152,7 @@ async def test_nothing_is_sent_before_the_first_token(app: FastAPI, backend: Fak
     await opened(backend)
     assert call.status is None
     gate.set()
-    await asyncio.wait_for(call.done, 1)
+    await asyncio.wait_for(call.done, 30)
     assert call.status == 504
     assert json.loads(call.text)["error"]["code"] == "deadline_exceeded"
 
@@ -164,7 +164,7 @@ async def test_a_failure_after_the_first_token_is_an_event(
     play = say("Hello world")
     backend.script = lambda request: [play(request)[0], error]  # type: ignore[list-item]
     call = Call(app, {"prompt": "Hi", "stream": True})
-    await asyncio.wait_for(call.done, 1)
+    await asyncio.wait_for(call.done, 30)
     assert call.status == 200
     assert call.ended
     *_, last, rest = call.text.split("\n\n")
@@ -182,7 +182,7 @@ async def test_a_stream_that_ends_early_is_a_failure(
     play = say("Hello world")
     backend.script = lambda request: play(request)[:1]
     call = Call(app, {"prompt": "Hi"})
-    await asyncio.wait_for(call.done, 1)
+    await asyncio.wait_for(call.done, 30)
     assert call.status == 500
 
 
@@ -192,7 +192,7 @@ async def test_a_gap_in_the_tokens_is_a_failure(
     play = say("Hello world")
     backend.script = lambda request: [play(request)[0], *play(request)[2:]]
     call = Call(app, {"prompt": "Hi"})
-    await asyncio.wait_for(call.done, 1)
+    await asyncio.wait_for(call.done, 30)
     assert call.status == 500
 
 
@@ -211,7 +211,7 @@ class TestSilence:
         await call.until(": keep-alive\n\n: keep-alive\n\n")
         assert call.text.startswith("data: ")
         gate.set()
-        await asyncio.wait_for(call.done, 1)
+        await asyncio.wait_for(call.done, 30)
         data = [block for block in call.text.split("\n\n") if block.startswith("data: ")]
         assert data.pop() == "data: [DONE]"
         assert "".join(json.loads(d[6:])["choices"][0]["text"] for d in data) == "Hello world"
@@ -225,7 +225,7 @@ class TestSilence:
         await call.until(": keep-alive\n\n")
         assert call.status == 200
         gate.set()
-        await asyncio.wait_for(call.done, 1)
+        await asyncio.wait_for(call.done, 30)
         assert '"code":"worker_lost"' in call.text
         assert call.ended
 
