@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: serve test test-slow test-gpu test-compose install dev lint protos clean
+.PHONY: serve test test-slow test-gpu test-contract test-compose install dev lint protos clean
 
 serve: install
 	@exec $(BIN)/baton serve $(ARGS)
@@ -20,6 +20,11 @@ test-slow: dev
 test-gpu: dev
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu $(ARGS)
 	$(BIN)/python -m bench.gpu
+
+# The API as langchain-openai and litellm use it.
+test-contract: dev
+	$(BIN)/python -m pip install -q -e '.[contract]'
+	$(BIN)/python -m pytest -m contract $(ARGS)
 
 test-compose: dev
 	$(BIN)/python -m pytest -m compose $(ARGS)
