@@ -121,3 +121,33 @@ def test_chat(api, fleet) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         api.chat.completions.create(**{**arguments, "top_logprobs": 21})
     assert refused.value.param == "top_logprobs"
+
+
+def test_responses(api, fleet) -> None:
+    arguments: Any = {"model": fleet.model_name(), "temperature": 0, "max_output_tokens": 12}
+    first = api.responses.create(input="Say hello.", **arguments)
+    chat = api.chat.completions.create(
+        model=fleet.model_name(),
+        messages=[{"role": "user", "content": "Say hello."}],
+        max_tokens=12,
+        temperature=0,
+    )
+    assert first.output_text == chat.choices[0].message.content
+    with api.responses.stream(input="Again.", previous_response_id=first.id, **arguments) as stream:
+        second = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
+    by_hand = [
+        {"role": "user", "content": "Say hello."},
+        {"role": "assistant", "content": first.output_text},
+        {"role": "user", "content": "Again."},
+    ]
+    assert api.responses.create(input=by_hand, **arguments).output_text == second
+    long = {**arguments, "max_output_tokens": 900}
+    running = api.responses.create(
+        input="Go on.", background=True, extra_body={"ignore_eos": True}, **long
+    )
+    events = api.responses.retrieve(running.id, stream=True)
+    assert any(event.type == "response.output_text.delta" for event in events)
+    events.close()
+    assert api.responses.cancel(running.id).status == "cancelled"
+    fleet.assert_no_leak()
+    assert api.responses.retrieve(running.id).status == "cancelled"
