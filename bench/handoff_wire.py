@@ -27,7 +27,15 @@ from baton.messages import (
     Submit,
 )
 from baton.rpc import ClusterToken
-from baton.types import LegId, Request, SamplingParams, TokenChunk, TransferStats, WorkerInfo
+from baton.types import (
+    KVTicket,
+    LegId,
+    Request,
+    SamplingParams,
+    TokenChunk,
+    TransferStats,
+    WorkerInfo,
+)
 from bench.small_fleet import VOCAB
 
 NUM_OUTPUTS = 8
@@ -180,7 +188,7 @@ async def hand_over(gateway: WireGateway, length: int, over: str) -> Prompt:
     if not transports:
         raise RuntimeError(f"the workers have no transport {over!r} here")
 
-    def bind() -> _Decode:
+    def bind(ticket: KVTicket) -> _Decode:
         leg = gateway.new_leg()
         request = Request(leg.request_id, prompt, sampling)
         gateway.send("decode-0", Bind(leg, request, ticket, transports, producer.host_id))
@@ -188,12 +196,11 @@ async def hand_over(gateway: WireGateway, length: int, over: str) -> Prompt:
 
     gateway.send("prefill-0", Submit(on_p, Request(on_p.request_id, prompt, sampling)))
     admitted_at, admitted = await gateway.expect(on_p, Admitted)
-    ticket = admitted.ticket
-    assert ticket is not None, "a prefill has one"
-    early = bind()
+    assert admitted.ticket is not None, "a prefill has one"
+    early = bind(admitted.ticket)
     first_at, _ = await gateway.expect(on_p, TokenChunk)
     early_times = await early.tokens()
-    bound_at, late = time.perf_counter(), bind()
+    bound_at, late = time.perf_counter(), bind(admitted.ticket)
     late_times = await late.tokens()
     gateway.send("prefill-0", Release(on_p))
     return Prompt(
