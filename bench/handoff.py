@@ -5,11 +5,12 @@
 Real processes on this host: gateway, workers of one thread each, Redis (`bench.small_fleet`).
 
 Hand-overs: the bench plays the gateway on the wire. Of each prompt: from "prefill has the first
-token" to "decode has the second", minus one decode step (the median of those after it), over the
-bare move, which is the fetch alone when all of the KV is there (pack, checksum, move, verify,
-unpack, between the same processes). D is bound *early*, when P admits the prompt, then a second
-time, *late*, when everything is there; *routed* is the gateway's own choice, as a client sees it
-over HTTP. The prompt of one token shows what a call costs that has next to nothing to move.
+token" to "decode has the second", minus the decode step that computes it (as D's engine times it),
+over the bare move, which is the fetch alone when all of the KV is there (pack, checksum, move,
+verify, unpack, between the same processes). D is bound *early*, when P admits the prompt, then a
+second time, *late*, when everything is there; *routed* is the gateway's own choice, as a client sees
+it over HTTP, minus the median of its later gaps. The prompt of one token shows what a call costs
+that has next to nothing to move.
 
 Streams: long prompts arrive into running streams, at one prefill and one decode worker (apart), and
 at two workers that do both (together): as many cores. TTFT is of the long prompts, ITL and TPOT of
@@ -31,10 +32,11 @@ from statistics import median
 import httpx
 
 from bench.handoff_streams import Streams, quantile, routed_gaps, run_streams
-from bench.handoff_wire import NUM_OUTPUTS, HandOver, Prompt, WireGateway, hand_over
+from bench.handoff_wire import HandOver, Prompt, WireGateway, hand_over
 from bench.small_fleet import small_fleet
 
 MIN_REPEATS = 2
+NUM_ROUTED_OUTPUTS = 8
 CALL_TOKENS = 256  # a hand-over takes about as long as so many tokens do, and its tokens
 COLUMNS = "tokens,MiB,over,bound,repeats,prefill ms,step ms,bare ms,overhead ms,ratio,best"
 
@@ -74,7 +76,7 @@ async def _measure_length(
     while len(routed) < MIN_REPEATS or time.perf_counter() < stop_at:
         for over in transports:
             made[over].append(await hand_over(gateway, length, over))
-        routed.append(HandOver(*await routed_gaps(client, length, NUM_OUTPUTS)))
+        routed.append(HandOver(*await routed_gaps(client, length, NUM_ROUTED_OUTPUTS)))
     for over, prompts in made.items():
         print_row(length, over, "early", prompts, [prompt.early for prompt in prompts])
         print_row(length, over, "late", prompts, [prompt.late for prompt in prompts])
@@ -85,7 +87,7 @@ def print_row(
     length: int, over: str, bound: str, prompts: list[Prompt], made: list[HandOver]
 ) -> None:
     overhead, bare = median(x.between - x.step for x in made), median(x.bare for x in prompts)
-    best = min(x.between for x in made) - min(x.step for x in made)
+    best = min(x.between - x.step for x in made)
     columns = [
         f"{length:5} | {prompts[0].num_bytes / 2**20:5.1f} | {over:4} | {bound:6}",
         f"{len(made):3}",

@@ -5,8 +5,6 @@ import random
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import pairwise
-from statistics import median
 from typing import TypeVar
 
 from baton.config import ServeConfig
@@ -32,25 +30,31 @@ from baton.types import (
     LegId,
     Request,
     SamplingParams,
+    StepTiming,
     TokenChunk,
     TransferStats,
     WorkerInfo,
 )
 from bench.small_fleet import VOCAB
 
-NUM_OUTPUTS = 8
+NUM_OUTPUTS = 4
 PATIENCE_S = 60.0
 
 T = TypeVar("T", bound=LegMessage)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    at: float
+    message: LegMessage
+    timing: StepTiming | None  # of the step that it came from
 
 
 class WireGateway:
     """As much of a gateway as it takes: sessions to the workers, and when each message came."""
 
     def __init__(self, redis_url: str) -> None:
-        self._inbox: dict[LegId, asyncio.Queue[tuple[float, LegMessage]]] = defaultdict(
-            asyncio.Queue
-        )
+        self._inbox: dict[LegId, asyncio.Queue[Arrival]] = defaultdict(asyncio.Queue)
         self._sessions: dict[str, WorkerSession] = {}
         self._num_legs = 0
         self._discovery = Discovery(
@@ -88,7 +92,7 @@ class WireGateway:
     def session_batch(self, worker_id: str, batch: StepBatch) -> None:
         now = time.perf_counter()
         for message in batch.messages:
-            self._inbox[message.leg].put_nowait((now, message))
+            self._inbox[message.leg].put_nowait(Arrival(now, message, batch.timing))
 
     def new_leg(self) -> LegId:
         self._num_legs += 1
@@ -100,18 +104,18 @@ class WireGateway:
     def send(self, worker_id: str, message: GatewayMessage) -> None:
         self._sessions[worker_id].send(message)
 
-    async def take(self, leg: LegId) -> tuple[float, LegMessage]:
-        """The leg's next message and when it came.
+    async def take(self, leg: LegId) -> "Arrival":
+        """The leg's next message.
 
         Raises:
             RuntimeError: the worker refused or failed it.
             TimeoutError: after a minute.
         """
         async with asyncio.timeout(PATIENCE_S):
-            at, message = await self._inbox[leg].get()
-        if isinstance(message, Failed | KvFailed | NoRoom):
-            raise RuntimeError(f"{message}")
-        return at, message
+            arrival = await self._inbox[leg].get()
+        if isinstance(arrival.message, Failed | KvFailed | NoRoom):
+            raise RuntimeError(f"{arrival.message}")
+        return arrival
 
     async def expect(self, leg: LegId, kind: type[T]) -> tuple[float, T]:
         """The next one of this kind; others before it are skipped.
@@ -120,9 +124,9 @@ class WireGateway:
             RuntimeError, TimeoutError: as `take`.
         """
         while True:
-            at, message = await self.take(leg)
-            if isinstance(message, kind):
-                return at, message
+            arrival = await self.take(leg)
+            if isinstance(arrival.message, kind):
+                return arrival.at, arrival.message
 
     async def close(self) -> None:
         self._running.cancel()
@@ -140,7 +144,7 @@ class HandOver:
     """Milliseconds of one of them."""
 
     between: float  # first token from P, or Bind if that is later, to second token from D
-    step: float  # median of the decode steps that follow
+    step: float  # the one that computed the second token, as D's engine timed it
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,27 +159,24 @@ class Prompt:
 
 
 class _Decode:
-    """One leg on D: when its tokens came, and what it fetched."""
+    """One leg on D."""
 
     def __init__(self, gateway: WireGateway, leg: LegId) -> None:
         self._gateway = gateway
         self._leg = leg
         self.stats = TransferStats("")
 
-    async def tokens(self) -> list[float]:
-        """When each of them came."""
-        times: list[float] = []
-        while len(times) < NUM_OUTPUTS:
-            at, message = await self._gateway.take(self._leg)
-            if isinstance(message, Imported):
-                self.stats = message.stats
-            times += [at] * isinstance(message, TokenChunk)
-        return times
-
-
-def _hand_over(began_at: float, times: list[float]) -> HandOver:
-    step = median((b - a) * 1e3 for a, b in pairwise(times[1:]))
-    return HandOver(between=(times[1] - began_at) * 1e3, step=step)
+    async def run(self, began_at: float) -> HandOver:
+        """To its last token."""
+        tokens: list[Arrival] = []
+        while len(tokens) < NUM_OUTPUTS:
+            arrival = await self._gateway.take(self._leg)
+            if isinstance(arrival.message, Imported):
+                self.stats = arrival.message.stats
+            tokens += [arrival] * isinstance(arrival.message, TokenChunk)
+        second = tokens[1]
+        assert second.timing is not None, "a step computed it"
+        return HandOver((second.at - began_at) * 1e3, second.timing.duration_ms)
 
 
 async def hand_over(gateway: WireGateway, length: int, over: str) -> Prompt:
@@ -199,14 +200,14 @@ async def hand_over(gateway: WireGateway, length: int, over: str) -> Prompt:
     assert admitted.ticket is not None, "a prefill has one"
     early = bind(admitted.ticket)
     first_at, _ = await gateway.expect(on_p, TokenChunk)
-    early_times = await early.tokens()
+    early_made = await early.run(first_at)
     bound_at, late = time.perf_counter(), bind(admitted.ticket)
-    late_times = await late.tokens()
+    late_made = await late.run(bound_at)
     gateway.send("prefill-0", Release(on_p))
     return Prompt(
         prefill=(first_at - admitted_at) * 1e3,
-        early=_hand_over(first_at, early_times),
-        late=_hand_over(bound_at, late_times),
+        early=early_made,
+        late=late_made,
         bare=late.stats.duration_ms,
         num_bytes=late.stats.num_bytes,
     )
