@@ -8,9 +8,9 @@ Hand-overs: the bench plays the gateway on the wire. Of each prompt: from "prefi
 token" to "decode has the second", minus the decode step that computes it (as D's engine times it),
 over the bare move, which is the fetch alone when all of the KV is there (pack, checksum, move,
 verify, unpack, between the same processes). D is bound *early*, when P admits the prompt, then a
-second time, *late*, when everything is there; *routed* is the gateway's own choice, as a client sees
-it over HTTP, minus the median of its later gaps. The prompt of one token shows what a call costs
-that has next to nothing to move.
+second time, *late*, when everything is there; *routed* is the gateway's own choice, as a client
+sees it over HTTP, minus the median of its later gaps. The prompt of one token shows what a call
+costs that has next to nothing to move.
 
 Streams: long prompts arrive into running streams, at one prefill and one decode worker (apart), and
 at two workers that do both (together): as many cores. TTFT is of the long prompts, ITL and TPOT of
