@@ -24,6 +24,7 @@ def runner_config(model: ModelSettings, engine: EngineSettings) -> RunnerConfig:
         gpu_memory_utilization=engine.gpu_memory_utilization,
         batch_invariant=engine.batch_invariant,
         enforce_eager=engine.enforce_eager,
+        hf_overrides=model.hf_overrides,
         pooler_config=model.pooler_config,
         seed=model.seed,
     )

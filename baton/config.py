@@ -91,6 +91,9 @@ class ModelSettings(_Section):
         description="What the model is for: text, or embeddings and scores; auto = as its files "
         "say.",
     )
+    hf_overrides: JsonText | None = Field(
+        None, description="JSON put over the model's config.json, e.g. to say what it leaves out."
+    )
     pooler_config: JsonText | None = Field(
         None,
         description="JSON with pooling_type (CLS, LAST, MEAN) and use_activation of a pooling "

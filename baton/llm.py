@@ -50,7 +50,8 @@ class LLMOptions(TypedDict, total=False):
     tokenizer: str
     revision: str
     runner: str
-    pooler_config: str
+    hf_overrides: str | Mapping[str, Any]
+    pooler_config: str | Mapping[str, Any]
     load_format: str
     dtype: str
     device: str

@@ -154,7 +154,7 @@ def requests(draw: st.DrawFn, request_id: str) -> Request:
         output_token_ids=outputs if any(outputs) else (),
         finished_choices=frozenset(draw(st.sets(st.integers(0, params.n - 1)))),
         salt=draw(st.binary(max_size=8)),
-        priority=draw(st.integers(-(2**31), 2**31 - 1)),
+        priority=draw(st.integers(-(2**63), 2**63 - 1)),
         deadline_ms=draw(st.none() | u32),
     )
 

@@ -52,7 +52,7 @@ def load_runner(
             `param` names the setting.
     """
     path = checkpoint.resolve_checkpoint(config.model, config.revision, weights=False)
-    plan = _make_plan(config, load_model_config(path))
+    plan = _make_plan(config, load_model_config(path, config.hf_overrides))
     model, weights_id = _load_model(config, plan)
     invariance = _make_invariant(config, plan, model)
     workspace = _measure_workspace(config, plan, model, weights_id)

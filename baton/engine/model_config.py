@@ -89,13 +89,26 @@ class ModelConfig:
         return self.num_heads // self.num_kv_heads
 
 
-def load_model_config(path: Path) -> ModelConfig:
+def read_config(path: Path, overrides: str | None) -> dict[str, Any]:
+    """A checkpoint's `config.json`, with the fields of `overrides` (a JSON object) over it.
+
+    Raises:
+        InvalidRequest: there is none.
+    """
+    config = read_json(path / "config.json")
+    return config if overrides is None else {**config, **json.loads(overrides)}
+
+
+def load_model_config(path: Path, overrides: str | None = None) -> ModelConfig:
     """Read `config.json` (and the EOS ids of `generation_config.json`) from a checkpoint directory.
+
+    Args:
+        overrides: see `read_config`.
 
     Raises:
         InvalidRequest: the file is missing or malformed, or asks for something unsupported.
     """
-    config = read_json(path / "config.json")
+    config = read_config(path, overrides)
     generation_path = path / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else {}
     try:

@@ -15,7 +15,13 @@ from typing import Any
 
 from baton.engine.checkpoint import resolve_checkpoint
 from baton.engine.encoder_config import ENCODERS, EncoderConfig, parse_encoder_config
-from baton.engine.model_config import FAMILIES, ModelConfig, parse_model_config, read_json
+from baton.engine.model_config import (
+    FAMILIES,
+    ModelConfig,
+    parse_model_config,
+    read_config,
+    read_json,
+)
 from baton.errors import InvalidRequest
 from baton.pooling import PoolingInfo, PoolingTask
 
@@ -76,15 +82,18 @@ def _generator(architecture: str) -> str:
     return architecture.removesuffix(_CLASSIFIER).removesuffix("Model") + _GENERATOR
 
 
-def load_pooling_config(path: Path, overrides: str | None = None) -> PoolingConfig:
+def load_pooling_config(
+    path: Path, overrides: str | None = None, hf_overrides: str | None = None
+) -> PoolingConfig:
     """
     Args:
         overrides: JSON with `pooling_type` and `use_activation`, over what the files say.
+        hf_overrides: see `baton.engine.model_config.read_config`.
 
     Raises:
         InvalidRequest: a file is missing or malformed, or asks for something unsupported.
     """
-    config = read_json(path / "config.json")
+    config = read_config(path, hf_overrides)
     try:
         found = _parse(config, _Modules.read(path))
         return found if overrides is None else _override(found, json.loads(overrides))

@@ -55,7 +55,7 @@ def load_pooling_runner(config: RunnerConfig) -> PoolingRunner:
             setting.
     """
     path = checkpoint.resolve_checkpoint(config.model, config.revision, weights=False)
-    pooling = load_pooling_config(path, config.pooler_config)
+    pooling = load_pooling_config(path, config.pooler_config, config.hf_overrides)
     max_model_len = config.max_model_len or pooling.max_len
     if max_model_len > pooling.backbone.max_len:
         raise InvalidRequest(

@@ -25,6 +25,7 @@ class RunnerConfig:
     )
     batch_invariant: bool | None = None
     enforce_eager: bool = False  # on CUDA: decode steps launch their kernels, no graphs
+    hf_overrides: str | None = None  # JSON, over the checkpoint's config.json
     pooler_config: str | None = None  # JSON, of a pooling model; None = as its files say
     seed: int = 0  # of dummy weights
     show_progress: bool = True

@@ -162,6 +162,15 @@ def test_overrides(tmp_path: Path) -> None:
         assert caught.value.param == "pooler_config"
 
 
+def test_config_json_can_be_overridden(tmp_path: Path) -> None:
+    folder = save_pooling_model(tmp_path, "qwen3")
+    assert not load_runner(folder).info.pooling.is_matryoshka
+    info = load_runner(folder, hf_overrides='{"matryoshka_dimensions": [16, 32]}').info.pooling
+    assert (info.is_matryoshka, info.dimensions) == (True, (16, 32))
+    with pytest.raises(InvalidRequest, match="rope_type"):
+        load_runner(folder, hf_overrides='{"rope_parameters": {"rope_type": "spiral"}}')
+
+
 def test_either_spelling_of_the_pooling(tmp_path: Path) -> None:
     folder = save_pooling_model(tmp_path, "bert")
     save_modules(folder, "mean", normalizes=True)
