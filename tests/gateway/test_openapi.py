@@ -1,6 +1,7 @@
 """Our own OpenAPI document against the application: schemathesis sends what the document allows and
 what it forbids. Nothing makes a 5xx or an undocumented answer; what is forbidden is refused."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from schemathesis import GenerationMode
 from schemathesis.checks import CheckFunction
 from schemathesis.specs.openapi import checks
 
+from baton.gateway.backend import ServedModel
+from baton.pooling import PoolingInfo, PoolingTask
 from tests.gateway.fakes import FakeBackend
 
 CHECKS: list[CheckFunction] = [
@@ -21,6 +24,14 @@ CHECKS: list[CheckFunction] = [
     checks.negative_data_rejection,
     checks.unsupported_method,
 ]
+
+
+@pytest.fixture
+def backend(backend: FakeBackend, model: ServedModel) -> FakeBackend:
+    """Serves every kind of request."""
+    pooling = PoolingInfo(PoolingTask.EMBED, 4, is_matryoshka=True)
+    backend.served = (model, replace(model, name="pooler", pooling=pooling))
+    return backend
 
 
 def operations() -> list[tuple[str, str]]:
