@@ -7,20 +7,21 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import rich_click as click
 from pydantic import BaseModel
 
 import baton
+from baton.cli_bench import bench
 from baton.cli_client import chat, collect_env, complete, run_batch
+from baton.cli_options import option, option_groups
 from baton.config import (
     Config,
     ConfigError,
     GatewayConfig,
     LogSettings,
     ServeConfig,
-    Setting,
     WorkerConfig,
     describe,
     load_config,
@@ -31,43 +32,7 @@ from baton.telemetry import setup_logging
 
 log = logging.getLogger(__name__)
 
-_HIDDEN = {"failpoint", "test_hooks"}
 _WORKERS = ("prefill-worker", "decode-worker", "pooling-worker")
-
-
-def _type_name(setting: Setting) -> str:
-    annotation = setting.info.annotation
-    kinds = [a for a in get_args(annotation) if a is not type(None)] or [annotation]
-    if get_origin(annotation) is tuple:
-        return "LIST"
-    return {int: "INT", float: "FLOAT", str: "TEXT"}.get(kinds[0], "VALUE")
-
-
-def _choices(setting: Setting) -> tuple[str, ...]:
-    values = get_args(setting.info.annotation)
-    return values if values and all(isinstance(value, str) for value in values) else ()
-
-
-def _option(setting: Setting) -> Callable[[Any], Any]:
-    """A click option that reports only what was given: defaults and the environment are
-    load_config's.
-    """
-    info = setting.info
-    flag = "--" + setting.name.replace("_", "-")
-    default = "" if info.default in (None, ()) else f" [default: {_shown_default(info.default)}]"
-    text = f"{info.description}{default} [env: {setting.env}]"
-    is_switch = bool in (info.annotation, *get_args(info.annotation))
-    names = [f"{flag}/--no-{flag[2:]}"] if is_switch else [flag]
-    kwargs: dict[str, Any] = {"help": text, "default": None, "hidden": setting.name in _HIDDEN}
-    choices = _choices(setting)
-    if not is_switch:
-        kwargs["type"] = click.Choice(choices) if choices else str
-        kwargs["metavar"] = None if choices else _type_name(setting)
-    return click.option(*names, setting.name, **kwargs)
-
-
-def _shown_default(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _configured(
@@ -90,7 +55,7 @@ def _configured(
 
         command: Any = callback
         for setting in reversed(list(settings_of(config))):
-            command = _option(setting)(command)
+            command = option(setting)(command)
         command = click.option(
             "--config", "config_file", metavar="FILE", help="YAML with the same settings."
         )(command)
@@ -174,18 +139,10 @@ click.rich_click.COMMAND_GROUPS = {
         {"name": "Serve", "commands": ["serve"]},
         {"name": "One process", "commands": ["gateway", *_WORKERS]},
         {"name": "Use", "commands": ["chat", "complete", "run-batch"]},
+        {"name": "Measure", "commands": ["bench"]},
         {"name": "Look", "commands": ["health", "collect-env"]},
     ]
 }
-
-
-def _option_groups(config: type[Any]) -> list[Any]:
-    groups: dict[str, list[str]] = {}
-    for setting in settings_of(config):
-        if setting.name not in _HIDDEN:
-            flag = "--" + setting.name.replace("_", "-")
-            groups.setdefault(setting.group, []).append(flag)
-    return [{"name": name, "options": flags} for name, flags in groups.items()]
 
 
 for _name, _config in (
@@ -193,7 +150,7 @@ for _name, _config in (
     ("gateway", GatewayConfig),
     *((worker, WorkerConfig) for worker in _WORKERS),
 ):
-    click.rich_click.OPTION_GROUPS[f"baton {_name}"] = _option_groups(_config)
+    click.rich_click.OPTION_GROUPS[f"baton {_name}"] = option_groups(_config)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -211,6 +168,7 @@ for _command in (
     chat,
     complete,
     run_batch,
+    bench,
     health,
     collect_env,
 ):

@@ -313,6 +313,10 @@ class FleetSettings(_Section):
     )
 
 
+class OfflineConfig(ModelSettings, EngineSettings):
+    """An `LLM` in process."""
+
+
 class GatewayConfig(GatewaySettings, LimitSettings, ModelSettings, ClusterSettings, LogSettings):
     """What `baton gateway` needs; of the model it uses name, tokenizer and revision."""
 

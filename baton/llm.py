@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from baton.beam_search import Beam, BeamSearch, BeamSearchParams
 from baton.build import engine_config, runner_config
-from baton.config import EngineSettings, ModelSettings
+from baton.config import OfflineConfig
 from baton.engine.core import EngineCore
 from baton.engine.loader import load_runner
 from baton.engine.pooling_config import is_pooling
@@ -66,22 +66,28 @@ class LLMOptions(TypedDict, total=False):
     batch_invariant: bool
     enforce_eager: bool
     threads: int
-
-
-class LLMSettings(ModelSettings, EngineSettings):
-    """Checks LLMOptions and fills in the defaults."""
+    # Of a running fleet; then only these and `seed` count.
+    base_url: str
+    api_key: str
+    max_inflight: int
 
 
 class LLM:
     """A model, its KV pool and its tokenizer. Not thread-safe.
 
     A pooling model (embeddings, scores) makes a `baton.pooling_llm.PoolingLLM` of it.
+
+    `LLM(base_url="http://…")` is a client of a running fleet with the same methods and outputs
+    (`baton.client.llm.RemoteLLM`): `model` is a served name then, and besides `api_key`, `seed` and
+    `max_inflight` there are no options.
     """
 
     def __new__(cls, model: str | None = None, **options: Unpack[LLMOptions]) -> Self:
-        settings = LLMSettings.model_validate({"model": model, **options})
-        source, revision = settings.model_source, settings.revision
-        if cls is LLM and is_pooling(source, revision, settings.runner):
+        if cls is LLM and options.get("base_url") is not None:
+            from baton.client.llm import RemoteLLM
+
+            return super().__new__(RemoteLLM)  # type: ignore[return-value]
+        if cls is LLM and _is_pooling(model, options):
             from baton.pooling_llm import PoolingLLM
 
             return super().__new__(PoolingLLM)  # type: ignore[return-value]
@@ -97,7 +103,7 @@ class LLM:
             ValueError: a bad option, or a tokenizer that cannot be used.
             InvalidRequest: the checkpoint cannot be served.
         """
-        settings = LLMSettings.model_validate({"model": model, **options})
+        settings = settings_of_llm(model, options)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self._tokenizer = Tokenizer.from_pretrained(
@@ -137,7 +143,7 @@ class LLM:
         with tqdm(
             total=len(requests), desc="Generating", unit="prompt", disable=not use_tqdm
         ) as bar:
-            rate = _Rate(bar)
+            rate = Rate(bar)
             return self._engine.run(requests, rate.add)
 
     def beam_search(
@@ -321,11 +327,25 @@ class LLM:
         return request
 
 
+def settings_of_llm(model: str | None, options: LLMOptions) -> OfflineConfig:
+    """
+    Raises:
+        ValueError: an unknown option, or a bad value.
+    """
+    local = {name: value for name, value in options.items() if name != "base_url"}  # None
+    return OfflineConfig.model_validate({"model": model, **local})
+
+
+def _is_pooling(model: str | None, options: LLMOptions) -> bool:
+    settings = settings_of_llm(model, options)
+    return is_pooling(settings.model_source, settings.revision, settings.runner)
+
+
 def _unable(what: str) -> InvalidRequest:
     return InvalidRequest(f"the model does not {what}: it generates text", "model")
 
 
-class _Rate:
+class Rate:
     """Shows a progress bar's tokens per second."""
 
     def __init__(self, bar: "tqdm[Any]") -> None:

@@ -16,7 +16,7 @@ from baton.build import runner_config
 from baton.engine.pooling_core import AbortJob, AddJob, PoolingCore, PoolingRow
 from baton.engine.pooling_loader import load_pooling_runner
 from baton.errors import BatonError, Cause, InvalidRequest
-from baton.llm import LLM, LLMOptions, LLMSettings, Prompt, as_list, split_prompt
+from baton.llm import LLM, LLMOptions, Prompt, as_list, settings_of_llm, split_prompt
 from baton.outputs import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
@@ -37,7 +37,7 @@ class PoolingLLM(LLM):
             ValueError: a bad option, or a tokenizer that cannot be used.
             InvalidRequest: the checkpoint cannot be served.
         """
-        settings = LLMSettings.model_validate({"model": model, **options})
+        settings = settings_of_llm(model, options)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         source, revision = settings.tokenizer_source, settings.revision

@@ -5,7 +5,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from json import dumps
+from json import dumps, loads
 from typing import Any
 
 from baton.errors import InvalidRequest
@@ -31,6 +31,16 @@ class StructuredKind(IntEnum):
     CHOICE = 4  # text: a JSON list of the texts to choose from
     GRAMMAR = 5  # text: Lark, or GBNF (EBNF)
     STRUCTURAL_TAG = 6  # text: vLLM's structural tag, as JSON
+
+
+_STRUCTURED_FIELDS = {
+    StructuredKind.JSON_OBJECT: "json_object",
+    StructuredKind.JSON_SCHEMA: "json",
+    StructuredKind.REGEX: "regex",
+    StructuredKind.CHOICE: "choice",
+    StructuredKind.GRAMMAR: "grammar",
+    StructuredKind.STRUCTURAL_TAG: "structural_tag",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +84,16 @@ class StructuredOutput:
         given = [(kind, text) for kind, text in texts.items() if text is not None]
         _check(len(given) == 1, "structured_outputs", "needs exactly one kind")
         return cls(*given[0], any_whitespace=not disable_any_whitespace)
+
+    def fields(self) -> dict[str, Any]:
+        """As the HTTP API's `structured_outputs` has it; `of(**fields)` is equal to this."""
+        value: Any = self.text
+        if self.kind is StructuredKind.JSON_OBJECT:
+            value = True
+        elif self.kind is StructuredKind.CHOICE:
+            value = loads(self.text)
+        fields = {_STRUCTURED_FIELDS[self.kind]: value}
+        return fields if self.any_whitespace else {**fields, "disable_any_whitespace": True}
 
     def __post_init__(self) -> None:
         needs_text = self.kind is not StructuredKind.JSON_OBJECT

@@ -95,6 +95,7 @@ class CompletionShape:
                 self._tokenizer,
                 body.logprobs,
                 as_ids=context.settings.return_tokens_as_token_ids if as_ids is None else as_ids,
+                with_ranks=body.return_token_ids,
             )
         )
 

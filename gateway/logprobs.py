@@ -16,12 +16,21 @@ def _finite(logprob: float) -> float:
 
 
 class LogprobWriter:
-    """`num_top`: alternatives that the client asked for. `as_ids`: tokens read "token_id:N"."""
+    """`num_top`: alternatives that the client asked for. `as_ids`: tokens read "token_id:N".
+    `with_ranks`: completions also have the rank of each token."""
 
-    def __init__(self, tokenizer: Tokenizer, num_top: int, *, as_ids: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        num_top: int,
+        *,
+        as_ids: bool = False,
+        with_ranks: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
         self._num_top = num_top
         self._as_ids = as_ids
+        self._with_ranks = with_ranks
         self._offsets: dict[int, int] = {}  # choice → characters of its tokens so far
 
     def _text(self, token_id: int) -> str:
@@ -52,6 +61,7 @@ class LogprobWriter:
             offsets.append(offset)
             offset += len(token)
         self._offsets[index] = offset
+        ranks = [entry and entry.rank for entry in entries] if self._with_ranks else None
         return {
             "tokens": tokens,
             "token_logprobs": [entry and _finite(entry.logprob) for entry in entries],
@@ -60,6 +70,7 @@ class LogprobWriter:
                 for token, entry in zip(tokens, entries, strict=True)
             ],
             "text_offset": offsets,
+            **({} if ranks is None else {"token_ranks": ranks}),
         }
 
     def _top_map(self, token: str, entry: Logprobs) -> dict[str, float]:

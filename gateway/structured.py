@@ -70,17 +70,6 @@ def of_structured_outputs(value: Mapping[str, Any]) -> StructuredOutput:
     return _spec(kind, item, param, any_whitespace="disable_any_whitespace" not in options)
 
 
-def structured_outputs_body(spec: StructuredOutput) -> dict[str, Any]:
-    """What `of_structured_outputs` makes `spec` of."""
-    (name,) = (name for name, kind in _KINDS.items() if kind is spec.kind)
-    item: Any = spec.text
-    if spec.kind is StructuredKind.JSON_OBJECT:
-        item = True
-    elif spec.kind is StructuredKind.CHOICE:
-        item = json.loads(spec.text)
-    return {name: item} if spec.any_whitespace else {name: item, "disable_any_whitespace": True}
-
-
 def _check_type(name: str, item: object) -> None:
     kinds: dict[str, type | tuple[type, ...]] = {
         "json": (str, dict, bool),

@@ -22,7 +22,6 @@ from baton.gateway.logprobs import LogprobWriter
 from baton.gateway.openai import ChatCompletionRequest, CompletionRequest, GenerationBody
 from baton.gateway.prompts import Prompt
 from baton.gateway.sampling_fields import SamplingFields
-from baton.gateway.structured import structured_outputs_body
 from baton.types import Request as WorkerRequest
 from baton.types import SamplingParams
 
@@ -121,7 +120,7 @@ def sampling_body(request: WorkerRequest) -> Mapping[str, Any]:
     fields = {name: value for name, value in asdict(sampling).items() if name in known}
     fields["logit_bias"] = {str(token_id): bias for token_id, bias in sampling.logit_bias}
     if sampling.structured_outputs is not None:
-        fields["structured_outputs"] = structured_outputs_body(sampling.structured_outputs)
+        fields["structured_outputs"] = sampling.structured_outputs.fields()
     return fields
 
 

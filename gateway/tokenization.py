@@ -24,11 +24,14 @@ class TokenizeRequest(ChatFields):
         None, description="true for a text, false for a chat, whose template writes them."
     )
     return_token_strs: Bool = False
+    return_prompt_text: Bool = False
 
 
 class DetokenizeRequest(Fields):
     model: Text | None = None
     tokens: TokenIds
+    skip_special_tokens: Bool = False
+    return_token_strs: Bool = False
 
 
 def tokenization_router(context: Context, route_class: type[APIRoute]) -> APIRouter:
@@ -38,21 +41,28 @@ def tokenization_router(context: Context, route_class: type[APIRoute]) -> APIRou
     async def tokenize(body: TokenizeRequest) -> Response:
         body.check_template()
         max_model_len = context.find_model(body.model).max_model_len
-        ids = await _encode(context, body)
+        ids, text = await _encode(context, body)
         if len(ids) > context.limits.max_request_tokens:
             raise InvalidRequest(f"It has {len(ids)} tokens, more than one request may.", "prompt")
-        return await asyncio.to_thread(_answer, context, body, ids, max_model_len)
+        return await asyncio.to_thread(_answer, context, body, ids, text, max_model_len)
 
     @router.post("/detokenize", response_class=Response)
     async def detokenize(body: DetokenizeRequest) -> Response:
-        """Special tokens are kept; ids that the vocabulary lacks add nothing."""
+        """Special tokens are kept unless `skip_special_tokens`; ids that the vocabulary lacks add
+        nothing."""
         context.find_model(body.model)
-        return _json({"prompt": await context.tokenizers.decode(body.tokens)})
+        skip = body.skip_special_tokens
+        text = await context.tokenizers.decode(body.tokens, skip_special_tokens=skip)
+        answer: dict[str, Any] = {"prompt": text}
+        if body.return_token_strs:
+            answer["token_strs"] = await asyncio.to_thread(_strings, context, body.tokens)
+        return _json(answer)
 
     return router
 
 
-async def _encode(context: Context, body: TokenizeRequest) -> list[int]:
+async def _encode(context: Context, body: TokenizeRequest) -> tuple[list[int], str]:
+    """Ids, and the text that they are of."""
     if (body.prompt is None) == (not body.messages):
         raise InvalidRequest("Give either prompt or messages.", "prompt")
     if body.prompt is not None:
@@ -62,22 +72,26 @@ async def _encode(context: Context, body: TokenizeRequest) -> list[int]:
         text, adds = await context.tokenizers.render_chat(body.messages, **options), False
     if body.add_special_tokens is not None:
         adds = body.add_special_tokens
-    return await context.tokenizers.encode(text, add_special_tokens=adds)
+    return await context.tokenizers.encode(text, add_special_tokens=adds), text
 
 
 def _answer(
-    context: Context, body: TokenizeRequest, ids: list[int], max_model_len: int
+    context: Context, body: TokenizeRequest, ids: list[int], text: str, max_model_len: int
 ) -> Response:
-    tokenizer = context.tokenizers.tokenizer
-    strings = [tokenizer.token_bytes(token_id).decode(errors="replace") for token_id in ids]
-    return _json(
-        {
-            "count": len(ids),
-            "max_model_len": max_model_len,
-            "tokens": ids,
-            "token_strs": strings if body.return_token_strs else None,
-        }
-    )
+    answer = {
+        "count": len(ids),
+        "max_model_len": max_model_len,
+        "tokens": ids,
+        "token_strs": _strings(context, ids) if body.return_token_strs else None,
+    }
+    if body.return_prompt_text:
+        answer["prompt_text"] = text
+    return _json(answer)
+
+
+def _strings(context: Context, ids: list[int]) -> list[str]:
+    token_bytes = context.tokenizers.tokenizer.token_bytes
+    return [token_bytes(token_id).decode(errors="replace") for token_id in ids]
 
 
 def _json(value: dict[str, Any]) -> Response:

@@ -76,7 +76,7 @@ def serving(decide: Decide) -> Iterator[FakeServer]:
     server, loop = FakeServer(decide), asyncio.new_event_loop()
     app = web.Application()
     app.router.add_route("*", "/{tail:.*}", server.handle)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
 
     async def start() -> None:
         await runner.setup()
