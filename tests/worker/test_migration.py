@@ -153,8 +153,7 @@ async def test_many_at_once_from_a_worker_that_drains(runners: Runners, oracle: 
     ) as (a, b):
         requests = [
             client.request(prompt(30 + i, seed=440 + i), params(name, max_tokens=120))
-            for i, name in enumerate(NAMES)
-            if name != "structured"  # the others may be over when its grammar is compiled
+            for i, name in enumerate(NAMES[:6])  # that run at once, none after the others
         ]
         answers = [client.answer(request) for request in requests]
         legs = await asyncio.gather(*(start(client, a, answer, 4) for answer in answers))
