@@ -21,7 +21,7 @@ from baton.kvtransfer.progress import KVReady, ReadCursor
 from baton.kvtransfer.turns import Turns
 from baton.types import BlockId, KVRange
 
-FRAME_BYTES = 1 << 20
+FRAME_BYTES = 2 << 20
 _MAX_FRAMES = 4  # packed at a time: going to the transfer thread and back costs as much as 100 KiB
 
 
