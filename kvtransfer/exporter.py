@@ -22,7 +22,9 @@ from baton.kvtransfer.turns import Turns
 from baton.types import BlockId, KVRange
 
 FRAME_BYTES = 2 << 20
-_MAX_FRAMES = 4  # packed at a time: going to the transfer thread and back costs as much as 100 KiB
+# Packed at a time: going to the transfer thread and back costs as much as 100 KiB, and what is
+# packed together leaves together.
+_MAX_FRAMES, _MAX_PACKED_BYTES = 4, 4 << 20
 
 
 class ExportFeed:
@@ -185,7 +187,8 @@ class ExportAttachment:
         while not cursor.is_complete:
             parts = self._next_parts(await self._feed.next_span(cursor))
             while parts:
-                num_frames = await staging.take(min(len(parts), _MAX_FRAMES))
+                at_once = min(_MAX_FRAMES, _MAX_PACKED_BYTES // self._memory.num_bytes(parts[0]))
+                num_frames = await staging.take(max(1, min(len(parts), at_once)))
                 now, parts = parts[:num_frames], parts[num_frames:]
                 for part, frame in zip(now, await self._read(now, staging), strict=True):
                     self._feed.raise_if_cut()
