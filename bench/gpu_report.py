@@ -44,6 +44,18 @@ def seconds(call: Callable[[], object], repeats: int = 20) -> float:
     return statistics.median(times)
 
 
+def graph_seconds(call: Callable[[], object], num_calls: int = 5) -> float:
+    """Median time on the device of one of several calls in a CUDA graph: what launching takes the
+    processor does not count. `call` must not copy from ordinary host memory."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(num_calls):
+            call()
+    return seconds(graph.replay) / num_calls
+
+
 def wall_seconds(call: Callable[[], object], repeats: int = 10) -> float:
     """Median time until the device is done, as a host clock sees it."""
     times = []

@@ -75,7 +75,8 @@ class Recorder:
 def record(modules: tuple[ModuleType, ...], launches: list[Launch]) -> None:
     for module in modules:
         for name, value in list(vars(module).items()):
-            if isinstance(value, triton.JITFunction):
+            # Not what a kernel calls: that is compiled into it.
+            if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
                 setattr(module, name, Recorder(value, launches))
 
 

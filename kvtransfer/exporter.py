@@ -21,10 +21,9 @@ from baton.kvtransfer.progress import KVReady, ReadCursor
 from baton.kvtransfer.turns import Turns
 from baton.types import BlockId, KVRange
 
-FRAME_BYTES = 2 << 20
-# Packed at a time: going to the transfer thread and back costs as much as 100 KiB, and what is
-# packed together leaves together.
-_MAX_FRAMES, _MAX_PACKED_BYTES = 4, 4 << 20
+FRAME_BYTES = 1 << 20
+DEVICE_FRAME_BYTES = 4 << 20  # waiting for a device costs as much as copying half a MiB
+_MAX_FRAMES = 4  # packed at a time: going to the transfer thread and back costs as much as 100 KiB
 
 
 class ExportFeed:
@@ -138,10 +137,11 @@ class ExportGate(Protocol):
 class Exporter:
     """A `FrameSource` over one worker's KV."""
 
-    def __init__(self, memory: KVMemory, gate: ExportGate, frame_bytes: int = FRAME_BYTES) -> None:
+    def __init__(self, memory: KVMemory, gate: ExportGate, frame_bytes: int | None = None) -> None:
         self._memory = memory
         self._gate = gate
-        self._frame_bytes = frame_bytes
+        default = DEVICE_FRAME_BYTES if memory.is_on_device else FRAME_BYTES
+        self._frame_bytes = frame_bytes or default
         self._turns = Turns()
 
     async def attach(self, fetch: FetchOpen) -> "ExportAttachment":
@@ -187,8 +187,7 @@ class ExportAttachment:
         while not cursor.is_complete:
             parts = self._next_parts(await self._feed.next_span(cursor))
             while parts:
-                at_once = min(_MAX_FRAMES, _MAX_PACKED_BYTES // self._memory.num_bytes(parts[0]))
-                num_frames = await staging.take(max(1, min(len(parts), at_once)))
+                num_frames = await staging.take(min(len(parts), _MAX_FRAMES))
                 now, parts = parts[:num_frames], parts[num_frames:]
                 for part, frame in zip(now, await self._read(now, staging), strict=True):
                     self._feed.raise_if_cut()

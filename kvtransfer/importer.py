@@ -82,7 +82,7 @@ class Importer:
         if len(frames) == 1 and is_small_end(frames[0]):
             self._apply_all(self._reader, frames)  # nothing to copy: it need not queue for that
         else:
-            await self._memory.run(self._apply_all, self._reader, frames)
+            await self._memory.run(self._import, self._reader, frames)
         is_timed = self._where.token_start < self._num_ready_tokens <= self.valid_tokens
         if is_timed and not self.ready_bytes:
             self.ready_bytes = self.num_bytes
@@ -90,12 +90,19 @@ class Importer:
         return self.is_complete
 
     def _apply_all(self, reader: FrameReader, frames: Sequence[bytes | memoryview]) -> None:
-        """On the transfer thread if they bring KV, while nobody else changes this importer."""
+        """While nobody else changes this importer."""
         for data in frames:
             if self.is_complete:
                 raise BatonError(Cause.FRAME_ORDER, "a frame after the end frame")
             self._apply(reader.accept(data))
             self.num_bytes += len(data)
+
+    def _import(self, reader: FrameReader, frames: Sequence[bytes | memoryview]) -> None:
+        """On the transfer thread. What frames before a bad one brought is in the blocks too."""
+        try:
+            self._apply_all(reader, frames)
+        finally:
+            self._memory.settle()
 
     def _apply(self, frame: Frame) -> None:
         """Nothing is written before everything about the frame is known to be right."""

@@ -43,8 +43,8 @@ def heap_buffer(num_bytes: int) -> memoryview:
 class KVMemory:
     """Packs and unpacks ranges of a KV cache. One per worker, shared by exporter and importers.
 
-    `pack` and `unpack` are plain functions; call them (with whatever else belongs to the same
-    frame: checksum, header) through `run`, which keeps them off the event loop and serial.
+    `pack`, `unpack` and `settle` are plain functions; call them (with whatever else belongs to the
+    same frame: checksum, header) through `run`, which keeps them off the event loop and serial.
     """
 
     def __init__(self, kv_cache: Tensor, layout: KVLayout) -> None:
@@ -58,6 +58,7 @@ class KVMemory:
         if tuple(kv_cache.shape[:4]) != shape or kv_cache.shape[5] != group.head_dim:
             raise ValueError(f"cache {tuple(kv_cache.shape)} is not of {layout}")
         self.layout = layout
+        self.is_on_device = kv_cache.is_cuda
         self._kv_cache = kv_cache
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-transfer")
         self._staging = CudaStaging(kv_cache) if kv_cache.is_cuda else None
@@ -79,21 +80,28 @@ class KVMemory:
         headroom_bytes: int = 0,
         buffer: Callable[[int], memoryview] = heap_buffer,
     ) -> memoryview:
-        """The payload of `where` behind `headroom_bytes` that are left to the caller, in host
-        memory: what `buffer` returns for that many bytes, or pinned memory if the pool is on
-        CUDA."""
-        if self._staging is not None:
-            return self._staging.pack(block_ids, where, headroom_bytes)
+        """The payload of `where` behind `headroom_bytes` that are left to the caller, in what
+        `buffer` returns for that many bytes."""
         out = buffer(headroom_bytes + self.num_bytes(where))
-        kv_pack.pack_kv(self._kv_cache, block_ids, where, out[headroom_bytes:])
+        if self._staging is not None:
+            self._staging.pack(block_ids, where, out[headroom_bytes:])
+        else:
+            kv_pack.pack_kv(self._kv_cache, block_ids, where, out[headroom_bytes:])
         return out
 
     def unpack(self, block_ids: Sequence[int], where: KVRange, payload: memoryview) -> None:
-        """Write a payload into the slots of `where`; it is all there on return."""
+        """Write a payload into the slots of `where`. It was read on return; it is all there when
+        `settle` has returned."""
         if self._staging is not None:
             self._staging.unpack(block_ids, where, payload)
         else:
             kv_pack.unpack_kv(self._kv_cache, block_ids, where, payload)
+
+    def settle(self) -> None:
+        """Wait until everything that was unpacked is in the pool: once for several payloads,
+        because waiting for a device costs as much as copying 100 KiB."""
+        if self._staging is not None:
+            self._staging.settle()
 
     async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call `function` on the transfer thread.

@@ -39,7 +39,9 @@ class HeadSlice:
         """
         self.layout = memory.layout
         self.run = memory.run
+        self.settle = memory.settle
         self.close = memory.close
+        self.is_on_device = memory.is_on_device
         (group,) = self.layout.groups
         self.heads = heads_of(group.num_kv_heads, self.layout.tp_size, rank)
         self._num_kv_heads = group.num_kv_heads
@@ -102,6 +104,7 @@ class Converting:
         (group,) = memory.layout.groups
         self.layout = memory.layout
         self.run = memory.run
+        self.settle = memory.settle
         self._memory = memory
         self._source, self._target = DTYPES[source_dtype], DTYPES[group.dtype]
 

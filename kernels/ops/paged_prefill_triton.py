@@ -34,6 +34,67 @@ def tiles_for(dims: int, dtype: torch.dtype) -> Tiles:
     return Tiles(128, 64, 8, 3) if dims <= 128 else Tiles(64, 32, 8, 3)
 
 
+@triton.jit
+def _attend(
+    maximum,  # [QUERIES] largest score so far, base 2
+    total,  # [QUERIES] sum of weights
+    acc,  # [QUERIES, DIMS] sum of weighted values
+    q,
+    k_ptr,  # of this KV head in slot 0
+    v_ptr,
+    table_ptr,  # of this row
+    start,
+    stop,
+    positions,  # of the queries
+    scale_log2,
+    window,
+    slot_stride: tl.constexpr,
+    head_dim: tl.constexpr,
+    block_size: tl.constexpr,
+    DIMS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,  # False: all queries see all keys in [start, stop), which divides by KEYS
+):
+    dims = tl.arange(0, DIMS)
+    for tile in range(start, stop, KEYS):
+        keys = tile + tl.arange(0, KEYS)
+        there = keys < stop
+        if MASKED:
+            block = tl.load(table_ptr + keys // block_size, mask=there, other=0)
+        else:
+            block = tl.load(table_ptr + keys // block_size)
+        slot = block.to(tl.int64) * block_size + keys % block_size
+        at = slot[:, None] * slot_stride + dims[None, :]
+        if MASKED or head_dim != DIMS:
+            mask = there[:, None] & (dims < head_dim)[None, :]
+            k = tl.load(k_ptr + at, mask=mask, other=0.0)
+        else:
+            k = tl.load(k_ptr + at)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        if MASKED:
+            distance = positions[:, None] - keys[None, :]
+            seen = (distance >= 0) & there[None, :]
+            seen = seen & ((window <= 0) | (distance < window))
+            scores = tl.where(seen, scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        base = new_maximum
+        if MASKED:
+            # A query that has seen nothing yet (its window begins later): no -inf - -inf.
+            base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(maximum - base)
+        total = total * shrink + tl.sum(weights, 1)
+        if MASKED or head_dim != DIMS:
+            v = tl.load(v_ptr + at, mask=mask, other=0.0)
+        else:
+            v = tl.load(v_ptr + at)
+        seen_values = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        acc = acc * shrink[:, None] + seen_values
+        maximum = new_maximum
+    return maximum, total, acc
+
+
 # What differs from step to step is not compiled in: a compilation stops everyone for seconds.
 @triton.jit(
     do_not_specialize=["max_blocks", "window"],
@@ -83,33 +144,59 @@ def _prefill_kernel(
     first_position = context_len - num_queries + tile_of_row * QUERIES
     stop = tl.minimum(first_position + QUERIES, context_len)
     first_seen = tl.where(window > 0, tl.maximum(first_position - window + 1, 0), 0)
+    start = first_seen // KEYS * KEYS
     maximum = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     acc = tl.zeros((QUERIES, DIMS), tl.float32)
-    v_ptr = cache_ptr + num_slots.to(tl.int64) * (num_kv_heads * head_dim)
-    for tile in range(first_seen // KEYS * KEYS, stop, KEYS):
-        keys = tile + tl.arange(0, KEYS)
-        there = keys < stop
-        block = tl.load(table_ptr + row * max_blocks + keys // block_size, mask=there, other=0)
-        slot = block.to(tl.int64) * block_size + keys % block_size
-        at = (slot * num_kv_heads + kv_head)[:, None] * head_dim + dims[None, :]
-        mask = there[:, None] & in_head[None, :]
-        k = tl.load(cache_ptr + at, mask=mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        distance = positions[:, None] - keys[None, :]
-        seen = (distance >= 0) & there[None, :]
-        seen = seen & ((window <= 0) | (distance < window))
-        scores = tl.where(seen, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        # A query that has seen nothing yet (its window begins later) must not give -inf - -inf.
-        base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(maximum - base)
-        total = total * shrink + tl.sum(weights, 1)
-        v = tl.load(v_ptr + at, mask=mask, other=0.0)
-        seen_values = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-        acc = acc * shrink[:, None] + seen_values
-        maximum = new_maximum
+    k_ptr = cache_ptr + kv_head * head_dim
+    v_ptr = k_ptr + num_slots.to(tl.int64) * (num_kv_heads * head_dim)
+    table_ptr += row * max_blocks
+    masked_from = start
+    if PRECISION != "ieee":  # float32 has registers for one loop alone
+        # Every query of the tile sees all keys up to here; without a window, that is most of them.
+        masked_from = tl.where(window > 0, start, (first_position + 1) // KEYS * KEYS)
+        maximum, total, acc = _attend(
+            maximum,
+            total,
+            acc,
+            q,
+            k_ptr,
+            v_ptr,
+            table_ptr,
+            start,
+            masked_from,
+            positions,
+            scale_log2,
+            window,
+            num_kv_heads * head_dim,
+            head_dim,
+            block_size,
+            DIMS,
+            KEYS,
+            PRECISION,
+            MASKED=False,
+        )
+    maximum, total, acc = _attend(
+        maximum,
+        total,
+        acc,
+        q,
+        k_ptr,
+        v_ptr,
+        table_ptr,
+        masked_from,
+        stop,
+        positions,
+        scale_log2,
+        window,
+        num_kv_heads * head_dim,
+        head_dim,
+        block_size,
+        DIMS,
+        KEYS,
+        PRECISION,
+        MASKED=True,
+    )
 
     out = acc / tl.where(is_query, total, 1.0)[:, None]
     out_at = (token[:, None] * num_heads + head) * head_dim + dims[None, :]

@@ -47,6 +47,7 @@ def test_payloads_are_those_of_a_pool_on_cpu(where: KVRange) -> None:
     assert bytes(cuda.memory.pack(cuda.block_ids, where)) == bytes(payload)
     there, here = on_cuda(empty := make_pool(32, [2, 0, 1], seed=2), 32), empty
     there.memory.unpack(there.block_ids, where, payload)
+    there.memory.settle()
     here.memory.unpack(here.block_ids, where, payload)
     assert torch.equal(there.cache.cpu(), here.cache)
 
