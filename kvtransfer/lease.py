@@ -394,9 +394,14 @@ class LeaseTable:
     def check_integrity(self) -> None:
         """Asserts every invariant; for tests and idle workers."""
         assert len(self._by_transfer) == len(self._leases)
-        num_ended = sum(self.counts[name] for name in ("expired", "evicted", "failed", "released"))
+        counts = self.counts
+        num_ended = counts["expired"] + counts["evicted"] + counts["failed"] + counts["released"]
         num_open = sum(lease.state is not LeaseState.CLOSING for lease in self._leases.values())
-        assert self.counts["opened"] == num_ended + num_open
+        assert counts["opened"] == num_ended + num_open
+        if not self._leases:
+            for index in (self._by_epoch, self._by_key, self._pinned_blocks):
+                assert not index
+            return
         pinned: Counter[BlockId] = Counter()
         for leg, lease in self._leases.items():
             assert lease.leg == leg

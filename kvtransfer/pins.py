@@ -127,6 +127,9 @@ class PinTable:
 
     def check_integrity(self) -> None:
         """Asserts every invariant; for tests and idle workers."""
+        if not self._pins:
+            assert not self._by_epoch
+            return
         assert len(self._pins) <= MAX_PINS
         opened = {pin.epoch: pin for pin in self._pins.values() if pin.epoch is not None}
         assert opened == self._by_epoch

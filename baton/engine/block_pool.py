@@ -194,9 +194,10 @@ class BlockPool:
             expected.update(blocks)
         for block in map(BlockId, range(self.num_blocks)):
             refs = self._num_refs[block]
-            assert refs == expected[block], f"block {block}: {refs} references, {expected[block]}"
-            places = (bool(self._unused[block]), block in self._evictable, refs > 0)
-            assert sum(places) == 1, f"block {block} is in {sum(places)} places"
+            owned = expected.get(block, 0)
+            assert refs == owned, f"block {block}: {refs} references, {owned}"
+            places = bool(self._unused[block]) + (block in self._evictable) + (refs > 0)
+            assert places == 1, f"block {block} is in {places} places"
             useful = self.cache.is_ready(block) or block in self._retainers
             assert not self._unused[block] or not useful, f"block {block} is unused but useful"
             assert block not in self._evictable or useful, f"block {block} is kept for nothing"

@@ -89,8 +89,11 @@ class SimFleet:
         num_clients = rng.randint(5, 8) if is_crowd else rng.randint(2, 4)
         window_ms = 10.0 if is_crowd else 60.0
         clients = [
-            self._draw_client(f"r{index}", prefixes, window_ms) for index in range(num_clients)
+            self._draw_client(f"r{index}", self._draw_prompt(prefixes), window_ms)
+            for index in range(num_clients)
         ]
+        if rng.random() < 0.4 and not self.plan.is_calm:
+            self._add_second_turn(clients)
         if self.plan.is_calm:
             first = clients[0]
             echo = replace(first.request, request_id="echo")
@@ -103,14 +106,24 @@ class SimFleet:
     def _tokens(self, count: int) -> tuple[int, ...]:
         return tuple(self.world.rng.randrange(8, VOCAB_SIZE) for _ in range(count))
 
-    def _draw_client(
-        self, name: str, prefixes: Sequence[tuple[int, ...]], window_ms: float
-    ) -> Client:
-        rng, is_calm = self.world.rng, self.plan.is_calm
+    def _draw_prompt(self, prefixes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        rng = self.world.rng
         prefix = rng.choice([(), *prefixes])
         num_own = rng.randrange(0 if prefix else 1, 24)
-        prompt = prefix + self._tokens(40 if is_calm else num_own)
-        lengths = [1, 2, 5, 9, 14, 14 if is_calm else 50]
+        return prefix + self._tokens(40 if self.plan.is_calm else num_own)
+
+    def _add_second_turn(self, clients: list[Client]) -> None:
+        """A chat goes on: what it needs first is where its first turn was decoded."""
+        rng, first = self.world.rng, clients[0]
+        prompt = first.request.prompt_token_ids + first.expected[0]
+        second = self._draw_client("turn", prompt + self._tokens(rng.randrange(1, 9)), 60.0)
+        if len(second.request.prompt_token_ids) <= MAX_MODEL_LEN // 2:
+            arrives_ms = first.arrives_ms + 60.0 + rng.random() * 120.0
+            clients.append(replace(second, gateway=first.gateway, arrives_ms=arrives_ms))
+
+    def _draw_client(self, name: str, prompt: tuple[int, ...], window_ms: float) -> Client:
+        rng, is_calm = self.world.rng, self.plan.is_calm
+        lengths = [1, 2, 5, 9, 14, 14 if is_calm else 30]
         if self.plan.is_restless:
             lengths = [50, 80]
         sampling = SamplingParams(
@@ -177,8 +190,8 @@ class SimFleet:
         rng = self.world.rng
         self._strikes[rng.choice(STEPS)] = rng.choice(["crash", "pause"])
 
-    def strike(self, worker: SimWorker, step: str) -> None:
-        """The worker is at this step.
+    def strike(self, node: SimWorker | SimGateway, step: str) -> None:
+        """A node is at this step.
 
         Raises:
             Died: it ends here.
@@ -187,11 +200,14 @@ class SimFleet:
         if how is None:
             return
         self.stats.steps[f"{how} at {step}"] += 1
-        self._count("step", f"{worker.name} {how} at {step}")
+        self._count("step", f"{node.name} {how} at {step}")
         if how == "crash":
-            self._crash(worker)
+            if isinstance(node, SimGateway):
+                self._crash_gateway(node)
+            else:
+                self._crash(node)
             raise Died
-        worker.paused_until = self.world.now + self.world.rng.choice([20.0, 500.0, 4_000.0])
+        node.paused_until = self.world.now + self.world.rng.choice([20.0, 500.0, 4_000.0])
 
     def about_migration(self, kind: str, source: str, target: str | None) -> None:
         """A message of this kind, about a request that moves, is on its way at a gateway."""
@@ -224,10 +240,13 @@ class SimFleet:
         gateway = self.gateways[self.world.rng.choice(sorted(self.gateways))]
         if gateway.is_alive:
             self._count("gateway", gateway.name)
-            crash(gateway)
-            for client in gateway.clients.values():
-                client.is_lost = client.end is None
-            self.world.after(200.0, None, self._restart, gateway)
+            self._crash_gateway(gateway)
+
+    def _crash_gateway(self, gateway: SimGateway) -> None:
+        crash(gateway)
+        for client in gateway.clients.values():
+            client.is_lost = client.end is None
+        self.world.after(200.0, None, self._restart, gateway)
 
     def _fault_pause(self) -> None:
         nodes: list[Node] = [*self.workers.values(), *self.gateways.values()]
@@ -366,6 +385,7 @@ class SimFleet:
         for worker in self.workers.values():
             worker.check_clean()
             self.stats.num_computed_tokens += worker.runner.num_tokens_computed
+            self.stats.leases += worker.machine.producer.leases.counts
         for gateway in self.gateways.values():
             gateway.check_clean()
         for client in self.clients:
@@ -404,9 +424,9 @@ class SimFleet:
 
     def _is_over(self) -> bool:
         """Everybody was served and the fleet is at rest."""
-        if not all(client.is_over for client in self.clients):
-            return False
         if self.world.now < self.plan.fault_window_ms:
+            return False
+        if not all(client.is_over for client in self.clients):
             return False
         nodes: list[SimWorker | SimGateway] = [*self.workers.values(), *self.gateways.values()]
         if not all(node.is_alive and node.paused_until <= self.world.now for node in nodes):

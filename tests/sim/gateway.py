@@ -50,6 +50,7 @@ class _Session:
                 gateway.fleet.stats.messages[type(item).__name__] += 1
                 gateway.world.log(gateway.name, f"← {self.worker_id} {item}")
                 gateway.tell_migration(type(item).__name__, item.leg)
+                gateway.fleet.strike(gateway, f"gateway {type(item).__name__}")
             gateway.dispatcher.received(self.worker_id, message, gateway.world.now)
         gateway.set_timer()
 
@@ -149,6 +150,7 @@ class SimGateway(Node):
         self.world.log(self.name, f"→ {worker_id} {message}")
         if not isinstance(message, Heartbeat):
             self.tell_migration(type(message).__name__, message.leg)
+            self.fleet.strike(self, f"gateway {type(message).__name__}")
         session = self.sessions.get(worker_id)
         if session is not None and session.is_up:
             session.conn.send(0, message)
@@ -228,6 +230,7 @@ class SimGateway(Node):
     def check_clean(self) -> None:
         assert not self.dispatcher.machines, f"{self.name} has open requests"
         assert not self.dispatcher._parked
+        assert not len(self.dispatcher._timers), f"{self.name} will wake requests that are over"
         assert self.dispatcher._claim is None
         assert not self.dispatcher.fleet._transfers, f"{self.name} counts transfers for ever"
         for worker in self.dispatcher.fleet:

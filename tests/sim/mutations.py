@@ -2,7 +2,7 @@
 tests."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from unittest.mock import patch
 
 from baton.engine import commands, core
@@ -124,7 +124,7 @@ def catching_up_computes_nothing() -> Iterator[None]:
         yield
 
 
-MUTATIONS: dict[str, Callable[[], object]] = {
+MUTATIONS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     function.__name__: function
     for function in (
         bind_computes_here,

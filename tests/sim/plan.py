@@ -23,6 +23,7 @@ class Stats:
     messages: Counter[str] = field(default_factory=Counter)
     steps: Counter[str] = field(default_factory=Counter)
     migrations: Counter[str] = field(default_factory=Counter)
+    leases: Counter[str] = field(default_factory=Counter)  # events, as metrics count them
     num_migrated_bytes: int = 0
     num_strikes: int = 0
 
@@ -46,11 +47,17 @@ class Plan:
     fault_window_ms: float = 150.0
 
 
-# Where `strike` may be: messages that a worker gets or is about to send, and steps of a fetch.
-STEPS = (
+# Where `strike` may be: messages that a worker or a gateway gets or is about to send, and a fetch's
+# steps.
+_MESSAGES = (
     *("Submit", "Bind", "Rebind", "ComputeLocally", "Abort", "Release"),
     *("Queued", "Admitted", "Progress", "NoRoom", "Bound", "Imported", "KvFailed", "LeaseLost"),
-    *("TokenChunk", "attach", "frame sent", "frame", "fetched"),
+    "TokenChunk",
+)
+STEPS = (
+    *_MESSAGES,
+    *("attach", "frame sent", "frame", "fetched"),
+    *(f"gateway {name}" for name in _MESSAGES),
 )
 DISTURBANCES = ("flip", "truncate", "lose", "duplicate", "swap", "replay")
 RESTLESS = Plan(is_restless=True)

@@ -11,6 +11,7 @@ MOVING = ["Bind", "Bound", "Imported", "TokenChunk", "ComputeLocally", "Release"
 CASES = [(step, "source") for step in [*PREPARING, *MOVING]] + [(s, "target") for s in MOVING]
 
 
+@pytest.mark.timeout(900)
 def test_restless_schedules_with_faults() -> None:
     result = search(range(200), JOBS, RESTLESS)
     assert not result.failures, explain(result)

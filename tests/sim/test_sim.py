@@ -1,7 +1,5 @@
 """Seeded schedules of a whole fleet; see `python -m tests.sim --help` for replaying one."""
 
-import contextlib
-
 import pytest
 
 from baton.gateway.request_machine import RequestMachine
@@ -35,24 +33,27 @@ def check_exercised(result: Result) -> None:
     faults = "crash pause cut corrupt raise evict drain gateway step"
     faults += " flip truncate lose duplicate swap replay"
     assert not set(faults.split()) - set(stats.faults)
+    events = "opened attached reattached done retained pinned_again expired evicted failed released"
+    assert not set(events.split()) - set(stats.leases), stats.leases
     served = stats.outcomes["ok"] / stats.outcomes.total()
     assert served > 0.7, stats.outcomes
 
 
+@pytest.mark.timeout(900)
 def test_schedules_with_faults() -> None:
-    check_exercised(search(range(1_500), JOBS))
+    check_exercised(search(range(1_000), JOBS))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_ten_thousand_schedules_with_faults() -> None:
     check_exercised(search(range(10_000), JOBS))
 
 
 @pytest.mark.parametrize("how", ["crash", "pause"])
 @pytest.mark.parametrize("step", STEPS)
-def test_a_worker_is_struck_at_every_step(step: str, how: str) -> None:
-    """Whoever passes it first: over the schedules that is each side."""
+def test_each_side_is_struck_at_every_step(step: str, how: str) -> None:
+    """Whoever passes it first: over the schedules that is each worker, or a gateway."""
     plan = Plan(strike=(step, how))
     struck = 0
     for first in range(0, 400, 4):
@@ -81,14 +82,15 @@ def test_a_schedule_replays_exactly() -> None:
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_product_is_found(name: str) -> None:
-    mutation = MUTATIONS[name]()
-    assert isinstance(mutation, contextlib.AbstractContextManager)
-    with mutation:
-        for first in range(0, 400, 20):
-            seeds = range(first, first + 20)
-            for plan in (CALM, Plan(num_corrupt=1), RESTLESS):
-                if run_seeds(seeds, plan).failures:
-                    return
+    mutation = MUTATIONS[name]
+    for first in range(0, 400, 20):
+        for plan in (CALM, Plan(num_corrupt=1), RESTLESS):
+            with mutation():
+                failures = run_seeds(range(first, first + 20), plan).failures
+            if failures:
+                sound = run_seeds([seed for seed, _ in failures[:3]], plan)
+                assert not sound.failures, "they fail without it, too"
+                return
     raise AssertionError(f"{name} went unnoticed")
 
 

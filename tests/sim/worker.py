@@ -94,7 +94,8 @@ class SlowRunner(NullRunner):
         finally:
             self._is_running = False
             self._layers = before
-            super().run(Batch((), batch.copies))
+            if batch.copies:
+                super().run(Batch((), batch.copies))
 
     def import_kv(
         self, block_ids: Sequence[BlockId], start: int, values: Sequence[int], layer: int = 0
@@ -320,7 +321,7 @@ class SimWorker(Node):
             timing = output.timing
             duration_ms = 1.0 + 0.1 * timing.num_prefill_tokens + 0.3 * timing.num_decodes
             output = replace(output, timing=replace(timing, duration_ms=duration_ms))
-            for layer in range(NUM_LAYERS):
+            for layer in range(NUM_LAYERS) if self._marks else ():
                 at_ms = duration_ms * (layer + 1) / (NUM_LAYERS + 1)
                 marks = [mark for mark in self._marks if mark[0] == layer + 1]
                 self.world.after(at_ms, self, self._end_layer, layer, marks)
@@ -336,6 +337,8 @@ class SimWorker(Node):
 
     def _end_step(self, output: StepOutput | None) -> None:
         self._is_stepping = False
+        for layer in range(NUM_LAYERS):  # those that nobody was told of
+            self.runner.write_layer(layer)
         if output is not None:
             self._tell(output)
         self._kick()
