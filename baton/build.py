@@ -1,10 +1,10 @@
 """From settings to an engine's own configs: what `LLM` and workers have in common."""
 
-from baton.config import EngineSettings, ModelSettings
 from baton.engine.config import EngineConfig
 from baton.engine.runner import ModelRunner
 from baton.engine.runner_config import RunnerConfig
 from baton.errors import Cause, InvalidRequest
+from baton.settings import EngineSettings, ModelSettings
 from baton.text import Tokenizer
 from baton.types import Role
 

@@ -20,7 +20,6 @@ from baton.config import (
     Config,
     ConfigError,
     GatewayConfig,
-    LogSettings,
     ServeConfig,
     WorkerConfig,
     describe,
@@ -28,6 +27,7 @@ from baton.config import (
     settings_of,
 )
 from baton.errors import BatonError
+from baton.settings import LogSettings
 from baton.telemetry import setup_logging
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from baton.config import LogSettings
+from baton.settings import LogSettings
 from baton.vllm_metrics import VllmMetrics
 
 _LATENCY_S = (

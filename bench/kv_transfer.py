@@ -1,6 +1,6 @@
 """How fast KV moves between two processes, beside what the machine can do.
 
-    python -m bench.kv_transfer [--sizes 1b,1m,16m,64m] [--transports shm,grpc] [--repeats 5]
+    python -m bench.kv_transfer [--sizes 1b,1m,16m,64m] [--transports shm,grpc] [--repeats 15]
 
 Two rows per transport and size:
 
@@ -8,10 +8,13 @@ Two rows per transport and size:
     pool to pool  pack, checksum, move, verify, unpack
 
 and, measured in the same run right before each of them: a bare one-stream loopback TCP copy (1 MiB
-sends) and a memcpy; an empty streaming call is a row of its own. Each row is taken `--repeats`
-times in turn with the others and the best counts, on both sides of a ratio: noise only ever adds
-time. CPU seconds are of both processes. The KV is that of a 0.5B-parameter model: 24 layers, 2 KV
-heads of 64, bfloat16, blocks of 16 tokens; 1b is one block (192 KiB).
+sends) and a memcpy; beside one block, an empty streaming call. Each row is taken `--repeats` times
+(less if time runs out) in turn with the others and the best counts, on both sides of a ratio: noise
+only ever adds time. CPU seconds are of both processes. At the end: the table of
+docs/performance.md, and whether the targets hold.
+
+The KV is that of a 0.5B-parameter model: 24 layers, 2 KV heads of 64, bfloat16, blocks of 16
+tokens; 1b is one block (192 KiB).
 """
 
 import argparse
@@ -23,11 +26,8 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,11 +42,21 @@ from baton.kvtransfer.negotiate import make_transports
 from baton.kvtransfer.progress import KVReady
 from baton.rpc import ClusterToken, RpcServer
 from baton.types import BlockId, KVGroup, KVKind, KVLayout, KVRange, KVTicket, TransportAddress
+from bench.kv_transfer_report import (
+    EMPTY,
+    MIB,
+    POOL,
+    TRANSPORT,
+    Line,
+    Samples,
+    describe,
+    show,
+    show_markdown,
+    show_targets,
+)
 
-MIB = 1 << 20
 BLOCK = 16
 LAYOUT = KVLayout((KVGroup(KVKind.FULL, 24, 2, 64, "bfloat16"),), BLOCK)
-TRANSPORT, POOL, EMPTY = "transport", "pool to pool", "empty call"
 
 
 def kv_memory(num_tokens: int, seed: int, device: str) -> tuple[KVMemory, list[BlockId]]:
@@ -185,17 +195,6 @@ class Counter:
         return None
 
 
-@dataclass
-class Samples:
-    """Of one row: one entry per repeat; the limits are measured right before it."""
-
-    seconds: list[float] = field(default_factory=list)
-    cpu_s: list[float] = field(default_factory=list)
-    tcp_s: list[float] = field(default_factory=list)
-    memcpy_s: list[float] = field(default_factory=list)
-    num_frames: int = 0
-
-
 class Bench:
     def __init__(
         self,
@@ -249,10 +248,15 @@ class Bench:
         self._control.send("cpu")
         return float(self._control.recv()) + time.process_time()
 
-    async def run(self, num_tokens: int, repeats: int) -> list[dict[str, Any]]:
+    async def run(self, num_tokens: int, repeats: int, max_s: float) -> list[Line]:
+        """All rows of one size; at least two repeats, no more once `max_s` are over."""
         num_bytes = num_tokens * LAYOUT.token_bytes
-        rows = {(name, row): Samples() for name in self._mine for row in (EMPTY, TRANSPORT, POOL)}
+        of = (EMPTY, TRANSPORT, POOL) if num_tokens <= BLOCK else (TRANSPORT, POOL)
+        rows = {(name, row): Samples() for name in self._mine for row in of}
+        started_s = time.perf_counter()
         for repeat in range(-1, repeats):  # the first one warms up
+            if repeat >= 2 and time.perf_counter() - started_s > max_s:
+                break
             for (name, row), samples in rows.items():
                 kept = samples if repeat >= 0 else Samples()
                 kept.memcpy_s.append(self.memcpy(num_bytes))
@@ -261,50 +265,7 @@ class Bench:
         return [describe(name, row, num_bytes, samples) for (name, row), samples in rows.items()]
 
 
-def describe(name: str, row: str, num_bytes: int, samples: Samples) -> dict[str, Any]:
-    """One line of the report. A ratio is of the best times: what the machine can do, and what we
-    can; `median_ms` says what it was like meanwhile."""
-    best_s = min(samples.seconds)
-    line: dict[str, Any] = {
-        "size": num_bytes,
-        "transport": name,
-        "row": row,
-        "best_ms": best_s * 1e3,
-        "median_ms": median(samples.seconds) * 1e3,
-    }
-    if row != EMPTY:
-        line |= {
-            "mb_s": num_bytes / best_s / 1e6,
-            "of_tcp": min(samples.tcp_s) / best_s,
-            "of_memcpy": min(samples.memcpy_s) / best_s,
-            "frames_s": samples.num_frames / best_s,
-            "cpu_s_gib": min(samples.cpu_s) / (num_bytes / (1 << 30)),
-        }
-    return line
-
-
-_COLUMNS = (
-    ("best_ms", "best ms", 9, 2),
-    ("median_ms", "median", 9, 2),
-    ("mb_s", "MB/s", 7, 0),
-    ("of_tcp", "of TCP", 8, 2),
-    ("of_memcpy", "of memcpy", 11, 2),
-    ("frames_s", "frames/s", 10, 0),
-    ("cpu_s_gib", "CPU s/GiB", 11, 2),
-)
-
-
-def show(lines: list[dict[str, Any]]) -> None:
-    size = f"{lines[0]['size'] / MIB:.4g} MiB"
-    print(f"\n{size:23}" + "".join(f"{head:>{width}}" for _, head, width, _ in _COLUMNS))
-    for line in lines:
-        cells = (
-            f"{line[key]:{width}.{digits}f}" for key, _, width, digits in _COLUMNS if key in line
-        )
-        print(f"  {line['transport']:6}{line['row']:15}" + "".join(cells), flush=True)
-
-
-def save(path: str, report: list[dict[str, Any]]) -> None:
+def save(path: str, report: list[Line]) -> None:
     Path(path).write_text(json.dumps(report, indent=1), encoding="ascii")
 
 
@@ -319,7 +280,8 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--sizes", default="1b,1m,16m,64m,256m,1g")
     parser.add_argument("--transports", default="shm,ucx,grpc")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--max-seconds", type=float, default=300.0, help="in all, about")
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--device", default="cpu", help="of both KV pools: cpu or cuda")
     arguments = parser.parse_args()
@@ -335,13 +297,16 @@ async def main() -> None:
     with socket.create_connection(tcp_address) as tcp:
         async with transports(names) as mine:
             bench = Bench(control, tcp, mine, addresses, max(sizes), arguments.device)
-            report = []
+            report: list[Line] = []
             for num_tokens in sizes:
-                report += (lines := await bench.run(num_tokens, arguments.repeats))
+                max_s = arguments.max_seconds / len(sizes)
+                report += (lines := await bench.run(num_tokens, arguments.repeats, max_s))
                 show(lines)
             bench.close()
     control.send("stop")
     child.join()
+    show_markdown(report)
+    show_targets(report)
     if arguments.json:
         save(arguments.json, report)
 

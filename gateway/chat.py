@@ -7,7 +7,6 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 
-from baton.config import GatewaySettings
 from baton.errors import InvalidRequest
 from baton.gateway.answers import (
     FINGERPRINT,
@@ -28,6 +27,7 @@ from baton.gateway.logprobs import LogprobWriter
 from baton.gateway.openai import ChatCompletionRequest
 from baton.gateway.parsers.reasoning import REASONING_PARSERS
 from baton.gateway.prompts import Prompt, Truncation, render_prompt
+from baton.settings import GatewaySettings
 from baton.text import message_text
 
 PATH = "/v1/chat/completions"

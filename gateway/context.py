@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from baton.config import GatewaySettings, LimitSettings
 from baton.errors import BatonError, Cause, InvalidRequest
 from baton.gateway.backend import Backend, ServedModel
 from baton.gateway.defaults import SamplingDefaults
 from baton.gateway.inflight import InFlight
 from baton.gateway.structured import GrammarChecks
 from baton.pooling import PoolingInfo, PoolingTask
+from baton.settings import GatewaySettings, LimitSettings
 from baton.telemetry import GatewayMetrics
 from baton.text import TokenizerPool
 from baton.tracing import Span, Tracer, checked_traceparent

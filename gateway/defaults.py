@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from baton.config import GatewaySettings
+from baton.settings import GatewaySettings
 from baton.text import Tokenizer
 
 _NUMBERS = (

@@ -16,9 +16,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from baton.config import LimitSettings
 from baton.errors import BatonError, Cause
 from baton.gateway.errors import api_error
+from baton.settings import LimitSettings
 
 # Probes and scrapers have no key; these say nothing about requests.
 OPEN_PATHS = frozenset(

@@ -7,8 +7,8 @@ import asyncio
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from baton.config import LimitSettings
 from baton.gateway.errors import api_error
+from baton.settings import LimitSettings
 
 _LINGER_S = 1.0
 

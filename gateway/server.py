@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from baton.config import GatewayConfig, LimitSettings
+from baton.config import GatewayConfig
 from baton.errors import BatonError, Cause
 from baton.gateway.app import create_app
 from baton.gateway.context import Context
@@ -27,6 +27,7 @@ from baton.gateway.orchestrate import Orchestrator
 from baton.gateway.protocol import http_protocol
 from baton.gateway.responses.service import ResponseService
 from baton.gateway.responses.store import ResponseStore
+from baton.settings import LimitSettings
 from baton.telemetry import GatewayMetrics
 from baton.text import Tokenizer, TokenizerPool
 from baton.tracing import make_tracer

@@ -18,12 +18,12 @@ from fastapi import Response
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
-from baton.config import LimitSettings
 from baton.errors import BatonError
 from baton.gateway.accounting import OK, outcome_of
 from baton.gateway.choice import Delta, joined
 from baton.gateway.errors import ApiError, api_error
 from baton.gateway.generation import Generation, Usage
+from baton.settings import LimitSettings
 
 log = logging.getLogger(__name__)
 

@@ -21,9 +21,11 @@ from baton.kvtransfer.progress import KVReady, ReadCursor
 from baton.kvtransfer.turns import Turns
 from baton.types import BlockId, KVRange
 
-FRAME_BYTES = 1 << 20
+FRAME_BYTES = 2 << 20
 DEVICE_FRAME_BYTES = 4 << 20  # waiting for a device costs as much as copying half a MiB
-_MAX_FRAMES = 4  # packed at a time: going to the transfer thread and back costs as much as 100 KiB
+# Packed at a time: going to the transfer thread and back costs as much as 100 KiB, and what is
+# packed together leaves together.
+_MAX_FRAMES, _MAX_PACKED_BYTES = 4, 4 << 20
 
 
 class ExportFeed:
@@ -187,7 +189,8 @@ class ExportAttachment:
         while not cursor.is_complete:
             parts = self._next_parts(await self._feed.next_span(cursor))
             while parts:
-                num_frames = await staging.take(min(len(parts), _MAX_FRAMES))
+                at_once = min(_MAX_FRAMES, _MAX_PACKED_BYTES // self._memory.num_bytes(parts[0]))
+                num_frames = await staging.take(max(1, min(len(parts), at_once)))
                 now, parts = parts[:num_frames], parts[num_frames:]
                 for part, frame in zip(now, await self._read(now, staging), strict=True):
                     self._feed.raise_if_cut()

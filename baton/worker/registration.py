@@ -5,10 +5,10 @@ from contextlib import suppress
 
 from redis.exceptions import RedisError
 
-from baton.config import ClusterSettings
 from baton.engine.events import StepOutput
 from baton.locality import Signer, WorkerRegistration, connect, read_registrations
 from baton.messages import GatewayMessage, WorkerMessage
+from baton.settings import ClusterSettings
 from baton.types import BlockHash, WorkerInfo
 
 

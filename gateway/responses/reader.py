@@ -9,12 +9,12 @@ from fastapi import Response
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from baton.config import LimitSettings
 from baton.errors import BatonError
 from baton.gateway.errors import api_error
 from baton.gateway.responses.events import TERMINAL, is_last
 from baton.gateway.responses.service import ResponseService
 from baton.gateway.stream import EventWriter
+from baton.settings import LimitSettings
 
 log = logging.getLogger(__name__)
 

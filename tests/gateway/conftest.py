@@ -12,12 +12,12 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 import baton
-from baton.config import GatewaySettings, LimitSettings
 from baton.gateway.app import create_app
 from baton.gateway.backend import ServedModel
 from baton.gateway.context import Context
 from baton.gateway.defaults import SamplingDefaults
 from baton.gateway.protocol import http_protocol
+from baton.settings import GatewaySettings, LimitSettings
 from baton.telemetry import GatewayMetrics
 from baton.text import Tokenizer, TokenizerPool
 from baton.types import Request

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 
-from baton.config import LimitSettings
 from baton.gateway.openai import ChatCompletionRequest, CompletionRequest
 from baton.gateway.pooling_fields import EmbeddingRequest, RerankRequest, ScoreRequest
 from baton.gateway.responses.fields import ResponsesRequest
 from baton.gateway.token_io import GenerateRequest, TokenSampling
+from baton.settings import LimitSettings
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 BODIES = {

@@ -8,8 +8,8 @@ from unittest.mock import ANY
 import httpx
 import pytest
 
-from baton.config import GatewaySettings, LimitSettings
 from baton.gateway.defaults import SamplingDefaults
+from baton.settings import GatewaySettings, LimitSettings
 from baton.text import Tokenizer
 from baton.types import FinishReason, LegId, Logprobs, Request, TokenChunk
 from tests.gateway.fakes import FakeBackend, Step, chunks

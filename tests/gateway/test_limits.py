@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from baton.config import GatewaySettings, LimitSettings
 from baton.errors import InvalidRequest
 from baton.gateway.body import parse_json
 from baton.gateway.limits import Keys
 from baton.gateway.openai import ChatCompletionRequest, CompletionRequest
+from baton.settings import GatewaySettings, LimitSettings
 from tests.gateway.test_errors import CHAT, COMPLETIONS, error_of
 
 JSON = {"Content-Type": "application/json"}

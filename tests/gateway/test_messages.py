@@ -7,9 +7,9 @@ import anthropic
 import httpx
 import pytest
 
-from baton.config import GatewaySettings
 from baton.errors import BatonError, Cause
 from baton.gateway.message_fields import MessagesRequest
+from baton.settings import GatewaySettings
 from baton.text import Tokenizer
 from baton.types import FinishReason
 from tests.gateway.fakes import FakeBackend, chunks

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 import openai
 import pytest
 
-from baton.config import GatewaySettings
+from baton.settings import GatewaySettings
 from tests.gateway.fakes import FakeBackend
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 
-from baton.config import GatewaySettings
+from baton.settings import GatewaySettings
 from baton.text import Tokenizer
 from baton.types import FinishReason
 from tests.gateway.fakes import FakeBackend, chunks

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from baton.config import LimitSettings
+from baton.settings import LimitSettings
 from tests.gateway.fakes import FakeBackend
 from tests.gateway.test_errors import COMPLETIONS, error_of
 

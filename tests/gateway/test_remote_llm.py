@@ -8,9 +8,9 @@ import pytest
 
 from baton import LLM, BeamSearchParams, SamplingParams, StructuredOutput
 from baton.client.llm import RemoteLLM
-from baton.config import GatewaySettings
 from baton.errors import BatonError, Cause, InvalidRequest
 from baton.outputs import Logprob
+from baton.settings import GatewaySettings
 from baton.text import Tokenizer
 from baton.types import RepetitionDetection
 from tests.gateway.fakes import FakeBackend

@@ -13,12 +13,12 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
-from baton.config import GatewaySettings
 from baton.errors import BatonError, Cause
 from baton.gateway.app import create_app
 from baton.gateway.context import Context
 from baton.gateway.responses.service import ResponseService
 from baton.gateway.responses.store import ResponseStore
+from baton.settings import GatewaySettings
 from baton.telemetry import GatewayMetrics
 from baton.text import Tokenizer
 from baton.types import FinishReason, StructuredKind

@@ -11,10 +11,10 @@ import pytest
 from fastapi import FastAPI
 from starlette.types import Message
 
-from baton.config import LimitSettings
 from baton.errors import BatonError, Cause
 from baton.gateway.backend import ServedModel
 from baton.gateway.context import Context
+from baton.settings import LimitSettings
 from baton.text import Tokenizer
 from baton.types import Request
 from tests.gateway.fakes import FakeBackend, FakeStream, Script, Step, chunks

@@ -6,8 +6,9 @@ from typing import Any
 import httpx
 import pytest
 
-from baton.config import GatewayConfig, GatewaySettings
+from baton.config import GatewayConfig
 from baton.gateway import server
+from baton.settings import GatewaySettings
 from baton.text import Tokenizer
 from baton.types import FinishReason, StructuredKind
 from tests.gateway.fakes import FakeBackend, chunks

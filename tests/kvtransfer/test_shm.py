@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.errors import BatonError, Cause
@@ -72,6 +72,7 @@ def mapped(ring: Ring) -> RingReader:
     return RingReader(fd)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4), st.lists(st.tuples(st.booleans(), st.binary(max_size=50)), max_size=20))
 def test_what_is_put_is_read_until_credit_comes_round(
     num_slots: int, frames: list[tuple[bool, bytes]]

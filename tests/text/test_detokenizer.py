@@ -120,6 +120,6 @@ def test_skipped_special_tokens_do_not_end_a_character(tokenizer: Tokenizer) -> 
 
 def test_an_unsupported_decoder_is_named(backend: Backend) -> None:
     copy = Backend.from_str(backend.to_str())
-    copy.decoder = decoders.WordPiece()
-    with pytest.raises(ValueError, match="WordPiece"):
+    copy.decoder = decoders.CTC()
+    with pytest.raises(ValueError, match="CTC"):
         Tokenizer(copy, TokenizerFiles())

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.kvtransfer.importer import INITIAL_RATE_BYTES_S
@@ -135,6 +135,7 @@ def peer(number: int, host_id: str, transports: tuple[TransportAddress, ...]) ->
     )
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(

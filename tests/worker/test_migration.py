@@ -18,7 +18,7 @@ from baton.messages import (
     Submit,
     TokenChunk,
 )
-from baton.types import LegId, SamplingParams
+from baton.types import LegId, SamplingParams, StructuredKind, StructuredOutput
 from tests.worker import test_exact as gate
 from tests.worker.fleet import Answer, Client, LocalWorker
 from tests.worker.test_exact import Oracle, Runners, on_the_wire, prompt, worker, workers
@@ -26,11 +26,18 @@ from tests.worker.test_exact import Oracle, Runners, on_the_wire, prompt, worker
 runners, oracle = gate.runners, gate.oracle
 
 LONG = 70  # tokens: what moves is still running when it has moved
-NAMES = [name for name in gate.SAMPLINGS if name != "may end early"]
+SAMPLINGS = gate.SAMPLINGS | {
+    "structured": {
+        **gate.SEEDED,
+        "structured_outputs": StructuredOutput(StructuredKind.REGEX, "([a-f][0-9]){200}", False),
+        "n": 2,
+    }
+}
+NAMES = [name for name in SAMPLINGS if name not in {"may end early", "repetition"}]
 
 
 def params(name: str, **changes: Any) -> SamplingParams:
-    return SamplingParams(**{**gate.SAMPLINGS[name], "max_tokens": LONG, **changes})
+    return SamplingParams(**{**SAMPLINGS[name], "max_tokens": LONG, **changes})
 
 
 async def start(client: Client, source: LocalWorker, answer: Answer, at_least: int) -> LegId:
@@ -145,8 +152,8 @@ async def test_many_at_once_from_a_worker_that_drains(runners: Runners, oracle: 
         worker(network, "a", runners.p[16]), worker(network, "b", runners.d[16])
     ) as (a, b):
         requests = [
-            client.request(prompt(30 + i, seed=440 + i), params(name))
-            for i, name in enumerate(NAMES)
+            client.request(prompt(30 + i, seed=440 + i), params(name, max_tokens=120))
+            for i, name in enumerate(NAMES[:6])  # that run at once, none after the others
         ]
         answers = [client.answer(request) for request in requests]
         legs = await asyncio.gather(*(start(client, a, answer, 4) for answer in answers))

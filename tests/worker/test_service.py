@@ -2,6 +2,7 @@
 model."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -245,8 +246,9 @@ async def test_a_gateway_that_does_not_read_loses_its_session(
     deaf = Session(served.address)
     await deaf.receive()
     endless = request(max_tokens=4000, n=8, logprobs=20)
-    for number in range(4):
-        await deaf.send(ComputeLocally(LegId(f"r{number}", 1), endless))
+    with contextlib.suppress(grpc.aio.AioRpcError):  # it may be lost before all are sent
+        for number in range(4):
+            await deaf.send(ComputeLocally(LegId(f"r{number}", 1), endless))
     async with asyncio.timeout(60):
         while not reasons or len(served.worker.runtime._ports) > 1:
             await asyncio.sleep(0.01)
