@@ -5,6 +5,8 @@
     its first token of every choice    the *source* is aborted, the lease released, and
     ComputeLocally to the target       brings it up to what the source has said meanwhile
 
+With less than a block to share there is no lease: the target gets ComputeLocally instead of Bind.
+
 Until the cut-over the source decodes on and its tokens are the client's; the target's are compared
 with them. Whatever fails before it ends the migration and nothing else. When the source is lost
 first, the target is what goes on; when the target is lost, the source is.
@@ -26,14 +28,15 @@ from baton.gateway.legs import (
 from baton.gateway.request_machine import RequestMachine
 from baton.gateway.router import Need, Refusal
 from baton.messages import Abort, Bind, ComputeLocally, Imported, LegMessage, Release, Submit
-from baton.types import KVTicket, LegId, Request, TokenChunk
+from baton.types import LegId, Request, TokenChunk
 
 
 @dataclass(slots=True)
 class _Migration:
     cause: MigrationCause
-    lease: PrefillLeg | None  # on the source's worker
+    lease: PrefillLeg | None = None  # on the source's worker
     target: DecodeLeg | None = None
+    shares: bool = True  # False: the target computes all of it
     awaited: set[int] = field(default_factory=set)  # choices that the target has not taken up
     num_bytes: int = 0  # moved
     has_failed: bool = False
@@ -92,9 +95,13 @@ class MigratingMachine(RequestMachine):
         """Begin to move; nothing when it cannot."""
         decode = self._decode
         if decode is not None and self.runs_on is not None and self.may_migrate(now_ms):
-            leg = self._next_leg(decode.info)
-            self._migration = _Migration(cause, PrefillLeg(leg, decode.info, set()))
-            self._send(decode.info, Submit(leg, self._request_now(now_ms)))
+            source, request = decode.info, self._request_now(now_ms)
+            if len(request.shared_token_ids) > source.layout.block_size:
+                leg = self._next_leg(source)
+                self._migration = _Migration(cause, PrefillLeg(leg, source, set()))
+                self._send(source, Submit(leg, request))
+            else:
+                self._migration = _Migration(cause, shares=False)
         return self._settle(now_ms)
 
     def on_drain(self, worker_id: str, now_ms: float) -> list[Effect]:
@@ -187,29 +194,33 @@ class MigratingMachine(RequestMachine):
     def _go_on(self, migration: _Migration, now_ms: float) -> None:
         lease, target = migration.lease, migration.target
         is_cut = target is not None and target.failed is not None
-        if migration.has_failed or is_cut or lease is None or lease.is_void:
+        is_void = migration.shares and (lease is None or lease.is_void)
+        if migration.has_failed or is_cut or is_void:
             self._stop(MigrationResult.FAILED, now_ms)
-        elif target is None and lease.ticket is not None:
-            self._bind_target(migration, lease, lease.ticket, now_ms)
+        elif target is None and (lease is None or lease.ticket is not None):
+            self._begin_on_target(migration, now_ms)
         elif target is not None and not migration.awaited & set(self._output.open_choices):
             self._cut_over(target, now_ms)
 
-    def _bind_target(
-        self, migration: _Migration, lease: PrefillLeg, ticket: KVTicket, now_ms: float
-    ) -> None:
-        source, need = lease.info, self._need(now_ms)
+    def _begin_on_target(self, migration: _Migration, now_ms: float) -> None:
+        assert self._decode is not None
+        source, need = self._decode.info, self._need(now_ms)
         elsewhere = replace(need, avoid=need.avoid | {source.worker_id})
         decision = self._planner.pick_decode(elsewhere, source.worker_id)
         if isinstance(decision, Refusal):
             self._stop(MigrationResult.FAILED, now_ms)
             return
         info = self._planner.info(decision.worker_id)
+        leg, request = self._next_leg(info), self._request_now(now_ms)
+        migration.awaited = set(self._output.open_choices)
+        ticket = None if migration.lease is None else migration.lease.ticket
+        if ticket is None:
+            migration.target = DecodeLeg(leg, info, Phase.LOCAL)
+            self._send(info, ComputeLocally(leg, request))
+            return
         num_tokens = max(ticket.num_tokens - decision.num_cached_tokens, 0)
         num_bytes = num_tokens * source.layout.token_bytes
-        leg = self._next_leg(info)
         migration.target = DecodeLeg(leg, info, Phase.BINDING, num_bytes)
-        migration.awaited = set(self._output.open_choices)
-        request = self._request_now(now_ms)
         self._send(info, Bind(leg, request, ticket, source.transports, source.host_id))
         self._effects.append(TransferStarted(leg, source.worker_id, info.worker_id, num_bytes))
 
@@ -237,11 +248,13 @@ class MigratingMachine(RequestMachine):
         if target is not None and target.phase is Phase.DECODING:
             self._become(target, now_ms)
             return
+        if target is not None:
+            self._unproven = target.leg  # the source may have been ahead of what it knows
         if lease is not None and lease.ticket is not None and not lease.is_void:
             self._drop_prefill()
             self._prefill, migration.lease = lease, None
             self._decode, migration.target = target, None  # goes on with its fetch, or is to come
-        elif target is not None and self._prefill is None:
+        elif target is not None and (target.phase is Phase.LOCAL or self._prefill is None):
             self._decode, migration.target = target, None  # computes what it could not fetch
         self._stop(None, now_ms)
 

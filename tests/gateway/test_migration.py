@@ -33,9 +33,9 @@ MOVED = TransferStats("local", 4096, 2, 32, 1.0)
 class Moving(Gateway):
     """P1 prefilled, the source decodes; then the source drains."""
 
-    def __init__(self, n: int = 1) -> None:
+    def __init__(self, n: int = 1, num_prompt: int = 40) -> None:
         super().__init__(P1, D1, D2)
-        self.machine = self.open(request(n=n, max_tokens=200))
+        self.machine = self.open(request(num_prompt, n=n, max_tokens=200))
         p, submit = self.take_one(Submit)
         self.p_leg = submit.leg
         firsts = [TokenChunk(submit.leg, choice, 0, (5,)) for choice in range(n)]
@@ -66,6 +66,14 @@ class Moving(Gateway):
         assert worker_id == self.target
         assert bind.ticket.num_tokens == 32
         return lease, bind
+
+    def computing(self) -> LegId:
+        """The target's leg, of a request that has less than a block to share."""
+        self.drains()
+        worker_id, compute = self.take_one(ComputeLocally)
+        assert worker_id == self.target
+        assert all(ids == (5, 6, 7) for ids in compute.request.output_token_ids)
+        return compute.leg
 
     def imported(self) -> tuple[LegId, LegId]:
         lease, bind = self.bound()
@@ -161,6 +169,32 @@ def test_without_the_target_the_source_goes_on(failure: str) -> None:
         gateway.shared()
 
 
+def test_less_than_a_block_is_computed_while_the_source_decodes_on() -> None:
+    gateway = Moving(n=2, num_prompt=5)
+    leg = gateway.computing()
+    gateway.drains(TokenChunk(gateway.leg, 0, 3, (8, 9)))
+    gateway.say(gateway.target, Admitted(leg, 0), TokenChunk(leg, 0, 3, (8,)))
+    assert gateway.take() == [], "there is another choice"
+    gateway.say(gateway.target, TokenChunk(leg, 1, 3, (4,)))
+    sent = gateway.take()
+    assert sent[0] == (gateway.source, Abort(gateway.leg))
+    worker_id, catch_up = sent[1]
+    assert isinstance(catch_up, ComputeLocally)
+    assert (worker_id, catch_up.leg) == (gateway.target, leg)
+    assert catch_up.request.output_token_ids == ((5, 6, 7, 8, 9), (5, 6, 7, 4))
+    assert gateway.what_became() == drained(MigrationResult.MOVED)
+
+
+def test_less_than_a_block_and_the_source_is_lost() -> None:
+    gateway = Moving(n=2, num_prompt=5)
+    leg = gateway.computing()
+    gateway.lose(gateway.source)
+    assert gateway.take() == []
+    gateway.say(gateway.target, TokenChunk(leg, 0, 3, (8,)))
+    assert gateway.tokens[0] == [5, 6, 7, 8]
+    assert gateway.what_became() == [Migration(MigrationCause.FAILURE, MigrationResult.RECOMPUTED)]
+
+
 @pytest.mark.parametrize("answer", [NoRoom, Failed])
 def test_nothing_to_share(answer: type[NoRoom] | type[Failed]) -> None:
     gateway = Moving()
@@ -225,6 +259,19 @@ def test_the_request_ends_first(end: str) -> None:
     assert ("p1", Release(gateway.p_leg)) in sent
     assert ((gateway.source, Abort(gateway.leg)) in sent) is (end == "cancelled")
     assert gateway.what_became() == drained(MigrationResult.MOOT)
+
+
+def test_who_takes_over_must_agree_with_what_the_source_said_last() -> None:
+    gateway = Moving()
+    lease, bind = gateway.bound()
+    gateway.drains(TokenChunk(gateway.leg, 0, 3, (8, 9)), Failed(gateway.leg, Cause.STEP_FAILED))
+    assert gateway.take() == [("p1", Release(gateway.p_leg))]
+    gateway.say(gateway.target, Bound(bind.leg, 0), Imported(bind.leg, MOVED))
+    gateway.say(gateway.target, TokenChunk(bind.leg, 0, 3, (8, 99)))
+    assert (gateway.target, Abort(bind.leg)) in gateway.take()
+    gateway.say(gateway.target, TokenChunk(bind.leg, 0, 5, (98,)))
+    assert gateway.tokens == {0: [5, 6, 7, 8, 9]}
+    assert gateway.machine.num_defects == 1
 
 
 def test_a_stop_string_ends_a_choice_on_both() -> None:
