@@ -4,6 +4,7 @@
     --failpoint bind:2=kill      the second Bind that arrives kills the process
     --failpoint bind:+2=kill     the second one after SIGUSR1: a gateway's own probe of a new route
                                  passes these places too, and is not what a test means
+    --failpoint bind:+1=stop,token:+1=stop    the second of them from the second SIGUSR1 on
 """
 
 import logging
@@ -34,6 +35,7 @@ NAMES = frozenset(
         "fetched",  # step 7, D: everything has arrived
         "imported",  # step 7, D: Imported is about to be sent
         "token",  # step 8, D: tokens are about to be sent
+        "done",  # step 7, P: the consumer says that it has verified everything
         "release",  # step 8, P: Release has arrived
         "engine-step",  # anywhere: a step is about to run
     )
@@ -59,8 +61,8 @@ class Failpoints:
     def __init__(self, specs: Iterable[str] = ()) -> None:
         """
         Args:
-            specs: NAME:COUNT=kill|stop|error each; COUNT counts from 1, with a + before it from
-                `count` on.
+            specs: NAME:COUNT=kill|stop|error each, a name once; COUNT counts from 1, with a +
+                before it from the call of `count` whose turn it is.
 
         Raises:
             ValueError: a spec is malformed or names no failpoint.
@@ -78,8 +80,9 @@ class Failpoints:
         return bool(self._armed)
 
     def count(self) -> None:
-        """From now on every failpoint counts."""
-        for failpoint in self._armed.values():
+        """The next failpoint that waits for it counts from now on."""
+        failpoint = next((one for one in self._armed.values() if not one.is_counting), None)
+        if failpoint is not None:
             failpoint.is_counting = True
 
     def hit(self, name: str) -> None:

@@ -48,6 +48,17 @@ def test_counting_from_later_on() -> None:
         failpoints.hit("bind")
 
 
+def test_one_after_the_other() -> None:
+    failpoints = Failpoints(["bind:+1=error", "token:+1=error"])
+    failpoints.count()
+    failpoints.hit("token")
+    with pytest.raises(BatonError):
+        failpoints.hit("bind")
+    failpoints.count()
+    with pytest.raises(BatonError):
+        failpoints.hit("token")
+
+
 @pytest.mark.parametrize(
     "spec", ["bind", "bind:0=kill", "bind:++1=kill", "bind:1=explode", "nowhere:1=kill", ""]
 )

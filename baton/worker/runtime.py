@@ -195,6 +195,7 @@ class WorkerRuntime:
         self.machine.attachment_progress(epoch, num_sent_tokens, self.now_ms())
 
     def attachment_done(self, epoch: int) -> None:
+        self._failpoints.hit("done")
         self.machine.attachment_done(epoch)
 
     def attachment_closed(self, epoch: int) -> None:
