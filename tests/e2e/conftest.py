@@ -58,6 +58,7 @@ def oracle() -> Iterator[Callable[[list[int], SamplingParams], dict[int, list[in
         batch_invariant=True,
         kv_cache_memory_bytes=32 << 20,
         enable_prefix_caching=False,
+        threads=1,  # with more, each step waits for the slowest thread of a busy machine
     )
 
     def generate(prompt_token_ids: list[int], params: SamplingParams) -> dict[int, list[int]]:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,9 @@ import psutil
 
 from baton.redis_server import redis_command, redis_url
 
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 150.0
+MAX_SILENCE_S = 3.0  # of a stream, whatever happens: a silent worker counts as dead after 2.5 s
+SLACK_S = 4.0  # two cores for everything
 
 
 def free_port() -> int:
@@ -40,6 +43,32 @@ def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any
     raise AssertionError(f"not within {timeout_s:.0f} s: {what}")
 
 
+def bearable_silence_s(slack_s: float = SLACK_S) -> float:
+    """Of a stream. A machine that has n times as much to do as it can do is n times as slow."""
+    return (MAX_SILENCE_S + slack_s) * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+@contextmanager
+def slowed(pid: int, share: float = 0.1) -> Iterator[None]:
+    """The process gets this share of its time, in turns far shorter than a heartbeat."""
+    is_over = threading.Event()
+
+    def take_turns() -> None:
+        while not is_over.is_set():
+            os.kill(pid, signal.SIGSTOP)
+            is_over.wait(0.1 * (1 - share))
+            os.kill(pid, signal.SIGCONT)
+            is_over.wait(0.1 * share)
+
+    thread = threading.Thread(target=take_turns)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
 @dataclass
 class Completion:
     """What a streamed completion gave: token ids per choice, and whether it ended well."""
@@ -49,7 +78,7 @@ class Completion:
     usage: dict[str, Any] = field(default_factory=dict)
     error: dict[str, Any] | None = None
     done: bool = False
-    longest_silence_s: float = 0.0
+    longest_silence_s: float = 0.0  # without a token, from the request to the end
 
 
 class FleetUnderTest:
@@ -70,8 +99,8 @@ class FleetUnderTest:
     def start_redis(self) -> None:
         self._spawn("redis", redis_command(self.directory), {})
 
-    def start_gateway(self) -> None:
-        self._baton("gateway", "gateway", {"BATON_PORT": str(self.port)})
+    def start_gateway(self, **env: str) -> None:
+        self._baton("gateway", "gateway", {"BATON_PORT": str(self.port), **env})
 
     def start_worker(self, name: str, **env: str) -> None:
         """`name` is "prefill-0", "decode-1", …; its start decides the role."""
@@ -217,6 +246,7 @@ class FleetUnderTest:
         for event in self._events(body):
             if event == "[DONE]":
                 result.done = True
+                result.longest_silence_s = max(result.longest_silence_s, time.monotonic() - last)
                 break
             data = json.loads(event)
             if "error" in data:

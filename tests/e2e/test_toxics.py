@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import psutil
 import pytest
+from harness import MAX_SILENCE_S, SLACK_S
 
 from baton import SamplingParams
 from tests.fault_proxy import (
@@ -38,8 +39,6 @@ BODY = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 5, "max_tokens": 3
 BODY |= {"ignore_eos": True, "n": 2}
 PROMPT_LEN = 400
 MAX_REQUESTS = 16  # until the toxic has fired
-MAX_SILENCE_S = 3.0
-SLACK_S = 4.0  # two cores for everything
 
 
 @dataclass

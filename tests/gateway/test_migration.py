@@ -263,7 +263,7 @@ def test_the_request_ends_first(end: str) -> None:
 
 def test_who_takes_over_must_agree_with_what_the_source_said_last() -> None:
     gateway = Moving()
-    lease, bind = gateway.bound()
+    _, bind = gateway.bound()
     gateway.drains(TokenChunk(gateway.leg, 0, 3, (8, 9)), Failed(gateway.leg, Cause.STEP_FAILED))
     assert gateway.take() == [("p1", Release(gateway.p_leg))]
     gateway.say(gateway.target, Bound(bind.leg, 0), Imported(bind.leg, MOVED))
