@@ -68,6 +68,30 @@ async def test_layers_may_arrive_apart(source: Pool, target: Pool) -> None:
     assert target.content(ALL) == source.content(ALL)
 
 
+async def test_a_call_returns_when_the_device_has_written(
+    source: Pool, target: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when a later frame of the same call was refused."""
+    importer, writer, events = open_importer(target), FrameWriter(EPOCH), []
+    unpack = target.memory.unpack
+
+    def unpacking(*args: object) -> None:
+        events.append("unpacked")
+        unpack(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(target.memory, "unpack", unpacking)
+    monkeypatch.setattr(target.memory, "settle", lambda: events.append("settled"))
+    halves = KVRange(0, NUM_LAYERS, 16, 32), KVRange(0, NUM_LAYERS, 32, 48)
+    await importer.frame(*(data_frame(writer, source, where) for where in halves))
+    assert events == ["unpacked", "unpacked", "settled"]
+    with pytest.raises(BatonError):
+        await importer.frame(
+            data_frame(writer, source, KVRange(0, NUM_LAYERS, 48, 56)),
+            data_frame(writer, source, halves[0]),
+        )
+    assert events[3:] == ["unpacked", "settled"]
+
+
 async def test_the_end_does_not_queue_behind_what_others_copy(source: Pool, target: Pool) -> None:
     importer, writer, go_on = open_importer(target), FrameWriter(EPOCH), threading.Event()
     await importer.frame(data_frame(writer, source, ALL))
