@@ -21,6 +21,7 @@ from baton.pooling import PoolingInput, PoolingRequest
 from baton.types import (
     FinishReason,
     LegId,
+    LinkRate,
     Logprobs,
     Request,
     Role,
@@ -107,7 +108,13 @@ class FakeBackend:
         return self.is_ready
 
     def topology(self) -> ClusterView:
-        load = WorkerSnapshot(Role.PREFILL, num_running=1, free_blocks=7, total_blocks=9)
+        load = WorkerSnapshot(
+            Role.PREFILL,
+            num_running=1,
+            free_blocks=7,
+            total_blocks=9,
+            link_rates=(LinkRate("grpc", True, 5e8),),
+        )
         worker = WorkerView(
             worker_id="p0",
             role=Role.PREFILL,

@@ -65,6 +65,8 @@ async def test_cluster(client: httpx.AsyncClient) -> None:
     worker = body["workers"][0]
     assert worker["kv_blocks"] == {"free": 7, "total": 9, "quarantined": 0}
     assert worker["load"]["running"] == 1
+    rate = {"transport": "grpc", "same_host": True, "bytes_per_s": 5e8}
+    assert worker["link_rates"] == [rate]
     expected = {"worker_id": "p0", "role": "prefill", "state": "up", "pid": 42, "device": "cpu"}
     assert worker.items() >= expected.items()
     (link,) = body["links"]

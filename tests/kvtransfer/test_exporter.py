@@ -75,6 +75,30 @@ async def test_everything_that_is_ready_in_as_few_frames_as_the_size_allows(pool
     assert gate.sent == [32, 64, 70]
 
 
+class Room(Unbounded):
+    """Takes everything, and writes down how many frames were asked for at once."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    async def take(self, max_frames: int) -> int:
+        self.asked.append(max_frames)
+        return max_frames
+
+
+async def test_so_much_is_packed_at_a_time_and_no_more(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("baton.kvtransfer.exporter._MAX_PACKED_BYTES", 33 * TOKEN_BYTES)
+    for frame_tokens, at_once in ((16, 2), (32, 1), (64, 1)):
+        gate, room = Gate(pool, num_ready_tokens=80, end_payload=b"first"), Room()
+        exporter = Exporter(pool.memory, gate, frame_bytes=frame_tokens * TOKEN_BYTES)
+        attachment = await exporter.attach(make_fetch(80))
+        num_frames = len([frame async for frame in attachment.frames(room)])
+        assert max(room.asked) == at_once
+        assert num_frames == sum(room.asked) == -(-80 // frame_tokens) + 1
+
+
 async def test_frames_follow_the_prefill(pool: Pool) -> None:
     gate = Gate(pool, num_ready_tokens=0, end_payload=None)
     attachment = await Exporter(pool.memory, gate).attach(make_fetch(64))
