@@ -59,6 +59,9 @@ class SimMemory:
             layer_values = values[base : base + where.num_tokens]
             self._runner.import_kv(block_ids, where.token_start, layer_values, layer)
 
+    def settle(self) -> None:
+        pass  # written at once
+
     async def run(self, function: Any, *args: Any) -> Any:
         return function(*args)
 
