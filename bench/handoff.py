@@ -1,6 +1,6 @@
 """What the hand-over costs, and what separation is worth.
 
-    python -m bench.handoff [--only hand-overs|streams] [--seconds 140] [--lengths 1,512,2000]
+    python -m bench.handoff [--only hand-overs|streams] [--seconds 100] [--lengths 1,512,2000]
 
 Real processes on this host: gateway, workers of one thread each, Redis (`bench.small_fleet`).
 
@@ -14,7 +14,8 @@ costs that has next to nothing to move.
 
 Streams: long prompts arrive into running streams, at one prefill and one decode worker (apart), and
 at two workers that do both (together): as many cores. TTFT is of the long prompts, ITL and TPOT of
-the streams that they run into.
+the streams that they run into. Mixes with two long prompts at a time, and with none, are where
+separation has to lose.
 
 Milliseconds and *ratio* are medians. *best* is the same ratio of the shortest of each: what
 there is to see on a machine that is busy with other things. Both parts stop when their time is up,
@@ -31,7 +32,7 @@ from statistics import median
 
 import httpx
 
-from bench.handoff_streams import Streams, quantile, routed_gaps, run_streams
+from bench.handoff_streams import Streams, quantile, routed_gaps, run_streams, warm_up
 from bench.handoff_wire import HandOver, Prompt, WireGateway, hand_over
 from bench.small_fleet import small_fleet
 
@@ -101,23 +102,35 @@ def print_row(
     print(f"| {' | '.join(columns)} |", flush=True)
 
 
+Mix = tuple[int, int]  # streams, long prompts at a time
+
+
 async def measure_streams(
-    transports: Sequence[str], seconds: float, num_streams: int, length: int
+    transports: Sequence[str], seconds: float, mixes: Sequence[Mix], length: int
 ) -> None:
-    got: dict[str, Streams] = {}
+    got: dict[Mix, dict[str, Streams]] = {mix: {} for mix in mixes}
     for name, workers in (("apart", (1, 1)), ("together", (0, 2))):
         async with small_fleet(*workers, transports) as fleet:
-            got[name] = await run_streams(fleet.base_url, seconds, num_streams, length)
-    print(f"\n| ms | {' | '.join(got)} | ratio |\n|---|---|---|---|")
-    for metric in ("ttft", "tpot", "itl"):
-        for share in (0.5, 0.99):
-            apart, together = (quantile(getattr(one, metric), share) for one in got.values())
-            label = f"{metric.upper()} p{share * 100:.0f}"
-            print(f"| {label} | {apart:.1f} | {together:.1f} | {apart / together:.2f} |")
-    counts = (
-        f"{len(one.ttft)} long prompts, {len(one.itl)} gaps {name}" for name, one in got.items()
-    )
-    print("\n" + "; ".join(counts), flush=True)
+            await warm_up(fleet.base_url, length)
+            for mix in mixes:
+                got[mix][name] = await run_streams(fleet.base_url, seconds, *mix, length)
+    print("\n| streams | long prompts | ms | apart | together | ratio |")
+    print(f"|{'---|' * 6}", flush=True)
+    for mix, made in got.items():
+        for metric in ("ttft", "tpot", "itl"):
+            for share in (0.5, 0.99):
+                print_quantile(mix, made, metric, share)
+
+
+def print_quantile(mix: Mix, made: dict[str, Streams], metric: str, share: float) -> None:
+    samples: list[list[float]] = [getattr(one, metric) for one in made.values()]
+    if all(samples):
+        apart, together = (quantile(values, share) for values in samples)
+        label = (
+            f"{metric.upper()} p{share * 100:.0f} (of {', '.join(str(len(x)) for x in samples)})"
+        )
+        columns = f"{mix[0]} | {mix[1]} | {label} | {apart:.1f} | {together:.1f}"
+        print(f"| {columns} | {apart / together:.2f} |", flush=True)
 
 
 def main() -> None:
@@ -125,11 +138,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=("hand-overs", "streams"))
-    parser.add_argument("--seconds", type=float, default=140.0, help="for hand-overs")
+    parser.add_argument("--seconds", type=float, default=100.0, help="for hand-overs")
     parser.add_argument("--lengths", default="1,512,2000", help="tokens of a prompt")
     parser.add_argument("--transports", default="shm,ucx,grpc")
-    parser.add_argument("--stream-seconds", type=float, default=25.0, help="per deployment")
-    parser.add_argument("--num-streams", type=int, default=4)
+    parser.add_argument("--stream-seconds", type=float, default=15.0, help="per mix")
+    parser.add_argument("--mixes", default="4x1,4x2,8x0", help="streams x long prompts at a time")
     parser.add_argument("--long", type=int, default=1024, help="tokens of a long prompt")
     args = parser.parse_args()
     transports = args.transports.split(",")
@@ -137,7 +150,8 @@ def main() -> None:
         lengths = [int(length) for length in args.lengths.split(",")]
         asyncio.run(measure_hand_overs(transports, lengths, args.seconds))
     if args.only != "hand-overs":
-        asyncio.run(measure_streams(transports, args.stream_seconds, args.num_streams, args.long))
+        mixes = [(int(n), int(k)) for n, _, k in (m.partition("x") for m in args.mixes.split(","))]
+        asyncio.run(measure_streams(transports, args.stream_seconds, mixes, args.long))
 
 
 if __name__ == "__main__":

@@ -52,8 +52,17 @@ class Streams:
     tpot: list[float] = field(default_factory=list)
 
 
-async def run_streams(url: str, seconds: float, num_streams: int, length: int) -> Streams:
-    """`num_streams` streams of 64 tokens at any time, and one long prompt after another."""
+async def warm_up(url: str, length: int) -> None:
+    """Let workers learn how fast they are."""
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        for _ in range(3):
+            await stream(client, length, 2)
+
+
+async def run_streams(
+    url: str, seconds: float, num_streams: int, num_long: int, length: int
+) -> Streams:
+    """`num_streams` streams of 64 tokens and about `num_long` long prompts at any time."""
     got = Streams()
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
 
@@ -70,10 +79,9 @@ async def run_streams(url: str, seconds: float, num_streams: int, length: int) -
                 got.ttft.append((times[1] - times[0]) * 1e3)
                 await asyncio.sleep(random.uniform(0.0, PAUSE_S))
 
-        for _ in range(3):  # workers learn how fast they are
-            await stream(client, length, 2)
         stop_at = time.perf_counter() + seconds
-        await asyncio.gather(long(), *(short() for _ in range(num_streams)))
+        running = [short() for _ in range(num_streams)] + [long() for _ in range(num_long)]
+        await asyncio.gather(*running)
     return got
 
 
