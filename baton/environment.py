@@ -33,7 +33,7 @@ _PACKAGES = (
     "matplotlib",
     "opentelemetry-sdk",
 )
-_SECRETS = ("KEY", "TOKEN", "PASSWORD", "SECRET", "URL")
+_SECRETS = {"KEY", "TOKEN", "PASSWORD", "SECRET", "URL"}  # words of a name
 _PREFIXES = ("BATON_", "CUDA_", "NCCL_", "UCX_", "OMP_", "MKL_", "TORCH_", "TRITON_", "PYTORCH_")
 
 
@@ -50,7 +50,7 @@ def collect() -> dict[str, dict[str, Any]]:
         "Accelerators": _accelerators(),
         "Packages": {name: _version(name) for name in _PACKAGES},
         "Environment": {
-            name: "(hidden)" if any(word in name for word in _SECRETS) else value
+            name: "(hidden)" if _SECRETS.intersection(name.split("_")) else value
             for name, value in sorted(os.environ.items())
             if name.startswith(_PREFIXES)
         },

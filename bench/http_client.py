@@ -20,6 +20,9 @@ import aiohttp
 import httpx
 import uvloop
 
+from baton.benchmarks.measure import measure as measure_stream
+from baton.client.api import ApiClient
+
 EVENT = {
     "id": "cmpl-0123456789abcdef0123456789abcdef",
     "object": "text_completion",
@@ -116,11 +119,24 @@ async def with_aiohttp(url: str, num_streams: int) -> int:
         return sum(await asyncio.gather(*(one() for _ in range(num_streams))))
 
 
+async def with_measure(url: str, num_streams: int) -> int:
+    """What `baton bench serve` does of each request."""
+    async with ApiClient(url) as client:
+        outcomes = await asyncio.gather(
+            *(measure_stream(client, "/", {}, 1, keep_text=False) for _ in range(num_streams))
+        )
+    return sum(outcome.output_len for outcome in outcomes)
+
+
 CLIENTS: dict[str, Callable[[str, int], Awaitable[int]]] = {
     "httpx": with_httpx,
     "aiohttp": with_aiohttp,
     "aiohttp, uvloop": with_aiohttp,
+    "bench serve": with_measure,  # on uvloop too
 }
+
+
+ON_UVLOOP = ("aiohttp, uvloop", "bench serve")
 
 
 def measure(name: str, port: int, num_streams: int, num_chunks: int) -> float:
@@ -131,7 +147,7 @@ def measure(name: str, port: int, num_streams: int, num_chunks: int) -> float:
         assert count == num_streams * num_chunks, (count, num_streams * num_chunks)
 
     began = time.process_time()
-    factory = uvloop.new_event_loop if "uvloop" in name else asyncio.new_event_loop
+    factory = uvloop.new_event_loop if name in ON_UVLOOP else asyncio.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(run())
     return (time.process_time() - began) / (num_streams * num_chunks)

@@ -11,6 +11,7 @@ from baton.beam_search import BeamSearchParams
 from baton.client.api import ApiClient, ApiError
 from baton.client.loop import LoopThread
 from baton.client.pool import in_order
+from baton.client.pooling import embed_job, score_jobs
 from baton.client.sampling import (
     AnswerReader,
     cumulative_logprob,
@@ -20,7 +21,14 @@ from baton.client.sampling import (
 from baton.client.tokenizer import RemoteTokenizer
 from baton.errors import BatonError, Cause, InvalidRequest
 from baton.llm import LLM, Conversation, Prompt, Rate, as_list, split_prompt
-from baton.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from baton.outputs import (
+    BeamSearchOutput,
+    BeamSearchSequence,
+    EmbeddingRequestOutput,
+    RequestOutput,
+    ScoringRequestOutput,
+)
+from baton.pooling import PoolingParams
 from baton.types import SamplingParams
 
 T = TypeVar("T")
@@ -130,6 +138,34 @@ class RemoteLLM(LLM):
         prompts = [{"prompt": text, "prompt_token_ids": ids} for text, ids in rendered]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | None = None,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """`LLM.embed`. The API does not say the ids of texts: their `prompt_token_ids` are []."""
+        params = pooling_params or PoolingParams()
+        inputs = [split_prompt(prompt) for prompt in as_list(prompts)]
+        jobs = [embed_job(self._post, *one, params) for one in inputs]
+        with tqdm(total=len(jobs), desc="Embedding", unit="text", disable=not use_tqdm) as bar:
+            return self._all(jobs, lambda _: bar.update())
+
+    def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        *,
+        pooling_params: PoolingParams | None = None,
+        use_tqdm: bool = True,
+    ) -> list[ScoringRequestOutput]:
+        """`LLM.score`. The API does not say the ids of texts: `prompt_token_ids` are []."""
+        jobs = score_jobs(self._post, data_1, data_2, pooling_params or PoolingParams())
+        with tqdm(desc="Scoring", unit="pair", disable=not use_tqdm) as bar:
+            found = self._all(jobs, lambda some: bar.update(len(some)))
+        return [output for some in found for output in some]
+
     def get_tokenizer(self) -> RemoteTokenizer:  # type: ignore[override]
         """Has `encode`, `decode`, `render_chat`, `encode_chat` and `token_text`."""
         return self._remote_tokenizer
@@ -203,7 +239,7 @@ class RemoteLLM(LLM):
     def _all(
         self,
         jobs: Sequence[Callable[[], Awaitable[T]]],
-        on_finished: Callable[[T], None] = lambda _: None,
+        on_finished: Callable[[T], object] = lambda _: None,
     ) -> list[T]:
         return self._run(in_order(jobs, self._max_inflight, on_finished))
 

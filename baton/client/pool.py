@@ -10,7 +10,7 @@ T = TypeVar("T")
 async def in_order(
     jobs: Sequence[Callable[[], Awaitable[T]]],
     max_inflight: int,
-    on_finished: Callable[[T], None],
+    on_finished: Callable[[T], object],
 ) -> list[T]:
     """Results in the order of the jobs. The first failure cancels the others and is raised."""
     results: dict[int, T] = {}

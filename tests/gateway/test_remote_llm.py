@@ -2,18 +2,23 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from baton import LLM, BeamSearchParams, SamplingParams, StructuredOutput
 from baton.client.llm import RemoteLLM
 from baton.errors import BatonError, Cause, InvalidRequest
+from baton.gateway.backend import ServedModel
 from baton.outputs import Logprob
+from baton.pooling import PoolingInfo, PoolingInput, PoolingParams, PoolingTask
+from baton.scoring import cosine
 from baton.settings import GatewaySettings
 from baton.text import Tokenizer
 from baton.types import RepetitionDetection
-from tests.gateway.fakes import FakeBackend
+from tests.gateway.fakes import FakeBackend, embedding
 
 CHAT = [{"role": "user", "content": "Hi"}]
 
@@ -125,6 +130,35 @@ async def test_beams(llm: LLM, tokenizer: Tokenizer) -> None:
     assert first.text == tokenizer.decode(first.tokens)
     assert (first.cum_logprob, first.finish_reason) == (-1.0, "length")
     assert second.cum_logprob == -2.0
+
+
+async def test_embeddings_and_scores(
+    server: str, backend: FakeBackend, model: ServedModel, tokenizer: Tokenizer
+) -> None:
+    backend.served = (replace(model, name="pooler", pooling=PoolingInfo(PoolingTask.EMBED, 4)),)
+    llm = await asyncio.to_thread(LLM, base_url=f"http://{server}", api_key="key")
+    ids = [PoolingInput(tuple(tokenizer.encode("Hi"))), PoolingInput((40, 41))]
+    found = await asyncio.to_thread(llm.embed, ["Hi", [40, 41]], use_tqdm=False)
+    for output, one in zip(found, ids, strict=True):
+        expected = np.array(embedding(one, 4), np.float32)
+        assert np.array_equal(output.outputs.embedding, expected)
+    assert [output.prompt_token_ids for output in found] == [[], [40, 41]]
+    params = PoolingParams(truncate_prompt_tokens=1, use_activation=False)
+    await asyncio.to_thread(llm.embed, "Hi there", pooling_params=params, use_tqdm=False)
+    assert len(backend.pooled[-1].inputs[0].token_ids) == 1
+    assert backend.pooled[-1].use_activation is False
+    texts = [f"text {number}" for number in range(70)]
+    scores = await asyncio.to_thread(llm.score, texts[0], texts, use_tqdm=False)
+    assert len({output.request_id for output in scores}) == 70
+    vectors = [embedding(PoolingInput(tuple(tokenizer.encode(text))), 4) for text in texts]
+    for output, vector in zip(scores, vectors, strict=True):
+        expected_score = cosine(np.array(vectors[0]), np.array(vector))
+        assert output.outputs.score == pytest.approx(expected_score, abs=1e-5)
+    with pytest.raises(InvalidRequest, match="1:1, 1:N or N:N"):
+        await asyncio.to_thread(llm.score, texts[:2], texts[:3])
+    with pytest.raises(InvalidRequest):
+        await generate(llm, ["Hi"])
+    await asyncio.to_thread(llm.close)
 
 
 async def test_defaults(llm: LLM, tokenizer: Tokenizer) -> None:
