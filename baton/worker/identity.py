@@ -52,7 +52,7 @@ def describe_pooling_worker(config: WorkerConfig, runner: PoolingRunner, port: i
         worker_id=config.worker_id or _default_worker_id(Role.POOLING, address),
         incarnation=secrets.token_bytes(16),
         role=Role.POOLING,
-        model=config.served_model_name or model.name,
+        model=config.served_model_name or config.model or DEMO_NAME,
         fingerprint=model.fingerprint,
         layout=NO_KV,
         address=address,

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from baton import LLM
+from baton import LLM, SamplingParams
 from baton.config import ServeConfig
+from baton.errors import InvalidRequest
 
 TEXTS = [f"def function_{number}(argument):" + " pass" * number for number in range(40)]
 
@@ -45,6 +46,23 @@ def test_embeddings_are_those_of_one_process(fleet: Any, expected: Any) -> None:
     assert score["data"][1]["score"] == pytest.approx(cosine, abs=1e-4)
     refused = fleet.client.post("/v1/completions", json={"prompt": "x"})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "model")
+
+
+def test_a_client_of_the_fleet_is_an_llm(fleet: Any, expected: Any) -> None:
+    with LLM(base_url=f"http://127.0.0.1:{fleet.port}") as llm:
+        outputs = llm.embed([*TEXTS[:3], [5, 6]], use_tqdm=False)
+        assert_close([output.outputs.embedding for output in outputs[:3]], expected[:3])
+        assert outputs[0].prompt_token_ids == llm.get_tokenizer().encode(TEXTS[0])
+        assert outputs[3].prompt_token_ids == [5, 6]
+        scores = llm.score(TEXTS[0], TEXTS[:2], use_tqdm=False)
+        assert scores[0].outputs.score == pytest.approx(1.0, abs=1e-5)
+        for call, param in (
+            (lambda: llm.embed([[10**6]], use_tqdm=False), "input"),
+            (lambda: llm.generate("x", SamplingParams(seed=1), use_tqdm=False), "model"),
+        ):
+            with pytest.raises(InvalidRequest) as caught:
+                call()
+            assert caught.value.param == param
 
 
 def test_workers_that_are_killed_stopped_or_ended_cost_no_answer(fleet: Any, expected: Any) -> None:
