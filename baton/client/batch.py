@@ -110,7 +110,8 @@ def run_batch(
         print(error, file=sys.stderr)
         return 2
     left = [line for line in lines if line.custom_id not in done]
-    num_done = len(lines) - len(left)
+    before = Counter(done[line.custom_id] for line in lines if line.custom_id in done)
+    num_done = before.total()
     with output, tqdm(total=len(lines), initial=num_done, unit="req", disable=not use_tqdm) as bar:
         run = BatchRun(client, output, model, patience_s)
         requests = read(input_file, left)
@@ -121,7 +122,7 @@ def run_batch(
             problem = str(error)
         except KeyboardInterrupt:
             problem = "interrupted"
-    return _report(run.outcomes, num_done, len(left), problem, output_file)
+    return _report(run.outcomes, before, len(left), problem, output_file)
 
 
 async def _run(
@@ -137,11 +138,14 @@ async def _run(
 
 
 def _report(
-    outcomes: Counter[str], num_done: int, num_left: int, problem: str | None, output: Path
+    outcomes: Counter[str], before: Counter[int], num_left: int, problem: str | None, output: Path
 ) -> int:
+    """`before`: statuses that the output had already."""
     refused = {kind: count for kind, count in outcomes.most_common() if kind != "ok"}
+    num_refused_before = before.total() - before[200]
     parts = [f"{outcomes['ok']} answered"]
-    parts += [f"{num_done} were done before"] if num_done else []
+    parts += [f"{before.total()} were done before"] if before else []
+    parts += [f"{num_refused_before} of them refused"] if num_refused_before else []
     parts += [f"{sum(refused.values())} refused"] if refused else []
     missing = num_left - outcomes.total()
     parts += [f"{missing} left"] if missing else []
@@ -151,4 +155,4 @@ def _report(
     if problem is not None:
         print(f"{problem}; the same command goes on where this ended", file=sys.stderr)
         return 130 if problem == "interrupted" else 1
-    return 1 if refused else 0
+    return 1 if refused or num_refused_before else 0

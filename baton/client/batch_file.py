@@ -105,21 +105,21 @@ def parse(raw: bytes, where: str) -> BatchRequest:
     return BatchRequest(custom_id, url, body)
 
 
-def open_output(path: Path) -> tuple[BinaryIO, set[str]]:
-    """The output to append to, and the custom_ids whose answers it has.
+def open_output(path: Path) -> tuple[BinaryIO, dict[str, int]]:
+    """The output to append to, and the custom_ids whose answers it has, with their statuses.
 
     Raises:
         BatchFileError: it exists and is no output of a batch.
     """
-    done: set[str] = set()
+    done: dict[str, int] = {}
     if not path.exists():
         return _opened(path, "ab"), done
     kept = path.with_name(path.name + ".tmp")
     with _opened(path) as old, _opened(kept, "wb") as new:
         for number, raw in enumerate(old, 1):
-            custom_id = _answered(raw, f"{path}, line {number}")
-            if custom_id is not None and custom_id not in done:
-                done.add(custom_id)
+            answered = _answered(raw, f"{path}, line {number}")
+            if answered is not None and answered[0] not in done:
+                done.update([answered])
                 new.write(raw)
         new.flush()
         os.fsync(new.fileno())
@@ -127,17 +127,17 @@ def open_output(path: Path) -> tuple[BinaryIO, set[str]]:
     return _opened(path, "ab"), done
 
 
-def _answered(raw: bytes, where: str) -> str | None:
-    """The custom_id of a line that needs no other try."""
+def _answered(raw: bytes, where: str) -> tuple[str, int] | None:
+    """(custom_id, status) of a line that needs no other try."""
     if not raw.endswith(b"\n"):
         return None  # cut off
     try:
         line = json.loads(raw)
         custom_id, response = line["custom_id"], line["response"]
-        status = None if response is None else int(response["status_code"])
+        status = 0 if response is None else int(response["status_code"])
     except (ValueError, LookupError, TypeError):
         raise BatchFileError(f"{where}: no answer of a batch; is this the right file?") from None
-    return str(custom_id) if status in _FINAL else None
+    return (str(custom_id), status) if status in _FINAL else None
 
 
 def _opened(path: Path, mode: str = "rb") -> Any:

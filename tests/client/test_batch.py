@@ -78,7 +78,8 @@ def test_a_rerun_asks_only_for_what_is_missing(
     with output.open("a") as file:
         file.write('{"custom_id": "d", "respo')  # the end of a process that was killed
     with serving(echo) as server:
-        assert run(server.url, source, output) == 0
+        assert run(server.url, source, output) == 1, "one is refused for good"
+        assert "2 answered, 3 were done before, 1 of them refused" in capsys.readouterr().err
         assert sorted(body["prompt"] for _, body in server.requests) == ["c", "d"]
     found = answers(output)
     assert {name: found[name]["response"]["status_code"] for name in "abcde"} == {
