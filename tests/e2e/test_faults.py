@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from harness import bearable_silence_s
 
 from baton import SamplingParams
 
@@ -17,10 +18,9 @@ BODY = {
     "top_p": 1.0,
     "top_k": 0,
     "seed": 11,
-    "max_tokens": 48,
+    "max_tokens": 96,
     "ignore_eos": True,
 }
-MAX_SILENCE_S = 8.0  # heartbeat loss is noticed at 2.5 s; the rest is this machine's two cores
 
 
 def prompt(seed: int, length: int = 120) -> list[int]:
@@ -31,20 +31,39 @@ def params(**changes: Any) -> SamplingParams:
     return SamplingParams(**{**BODY, **changes})
 
 
-@pytest.fixture
-def fleet(make_fleet) -> Iterator[Any]:
-    with make_fleet("prefill-0", "prefill-1", "decode-0", "decode-1") as running:
-        running.wait_workers("prefill-0", "prefill-1", "decode-0", "decode-1")
+pytestmark = pytest.mark.timeout(400)
+
+WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
+
+
+@pytest.fixture(scope="module")
+def base(make_fleet) -> Iterator[Any]:
+    with make_fleet(*WORKERS) as running:
         yield running
+
+
+@pytest.fixture
+def fleet(base) -> Any:
+    """Whole again, after whatever the last test has done to it."""
+    for name in [*base.processes]:
+        if name not in (*WORKERS, "redis", "gateway"):
+            base.kill(name)
+    for name in WORKERS:
+        if name not in base.processes:
+            base.start_worker(name)
+        base.cont(name)
+    base.wait_ready()
+    base.wait_workers(*WORKERS)
+    return base
 
 
 def busy_worker(fleet, role: str) -> str:
     """The worker of this role that runs the only request."""
-    for worker in fleet.cluster()["workers"]:
-        load = worker["load"]
-        if worker["role"] == role and (load["running"] or load["leases"]):
-            return str(worker["worker_id"])
-    raise AssertionError(f"no busy {role} worker: {fleet.cluster()}")
+    workers = [worker for worker in fleet.cluster()["workers"] if worker["role"] == role]
+    # A gateway's probe of a new route, which is short, may run as well.
+    busiest = max(workers, key=lambda w: (w["load"]["context_tokens"], w["load"]["leases"]))
+    assert busiest["load"]["running"] or busiest["load"]["leases"], fleet.cluster()
+    return str(busiest["worker_id"])
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
@@ -56,11 +75,15 @@ def test_a_decode_worker_is_lost_midway(fleet, oracle, how: str) -> None:
             victims.append(busy_worker(fleet, "decode"))
             getattr(fleet, how)(victims[0])
 
-    result = fleet.complete({"prompt": prompt(1), **BODY}, strike)
+    ids = prompt(1 if how == "kill" else 51)
+    before = fleet.metric("baton_migrations_total", cause="failure", result="attached")
+    result = fleet.complete({"prompt": ids, **BODY}, strike)
     assert victims
     assert result.error is None
-    assert result.token_ids == oracle(prompt(1), params())
-    assert result.longest_silence_s < MAX_SILENCE_S
+    assert result.token_ids == oracle(ids, params())
+    attached = fleet.metric("baton_migrations_total", cause="failure", result="attached")
+    assert attached == before + 1, "it went on with the KV of the lease"
+    assert result.longest_silence_s < bearable_silence_s()
     if how == "stop":
         fleet.cont(victims[0])
     else:
@@ -78,9 +101,12 @@ def test_a_prefill_worker_is_lost_after_the_hand_over(fleet, oracle, how: str) -
             victims.append(busy_worker(fleet, "prefill"))
             getattr(fleet, how)(victims[0])
 
-    result = fleet.complete({"prompt": prompt(2), **BODY, "n": 2}, strike)
+    ids = prompt(2 if how == "kill" else 52)
+    result = fleet.complete({"prompt": ids, **BODY, "n": 2}, strike)
     assert victims
-    assert result.token_ids == oracle(prompt(2), params(n=2))
+    assert result.error is None
+    assert result.token_ids == oracle(ids, params(n=2))
+    assert result.longest_silence_s < bearable_silence_s()
     if how == "stop":
         fleet.cont(victims[0])
     fleet.assert_no_leak()

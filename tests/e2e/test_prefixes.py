@@ -1,12 +1,15 @@
 """Over real processes: a prefill worker takes a prefix that another worker holds, by hash."""
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import psutil
 import pytest
-from harness import free_port
+from harness import bearable_silence_s, free_port
 
 from baton import SamplingParams
 
@@ -15,6 +18,8 @@ SEEDED = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 7, "ignore_eos":
 FIRST = {**SEEDED, "max_tokens": 96}
 SECOND = {**SEEDED, "max_tokens": 16}
 LOCALITY_S = 1.0  # for what a worker publishes to reach the gateway through Redis
+
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module", params=FLEETS)
@@ -80,3 +85,32 @@ def test_a_source_that_is_killed_costs_no_answer(fleet, oracle) -> None:
     second = fleet.complete({"prompt": chat, **SECOND})
     assert second.error is None
     assert second.token_ids == oracle(chat, SamplingParams(**SECOND))
+
+
+@pytest.mark.slow
+def test_a_source_that_stops_midway_costs_a_moment(fleet, oracle) -> None:
+    """No deadline (`always`), and yet nobody waits for it longer than for any silent worker."""
+    hooks = {"BATON_TEST_HOOKS": "true", "BATON_FAILPOINT": "attach:+1=stop"}
+    fleet.start_worker("decode-2", BATON_BLOCK_SIZE="32", **hooks)
+    fleet.wait_workers("decode-2")
+    for name in [*fleet.processes]:
+        if name.startswith("decode") and name != "decode-2":
+            assert fleet.terminate(name) == 0
+    prompt = tokens(200, seed=5)
+    first = fleet.complete({"prompt": prompt, **FIRST})
+    fleet.start_worker("decode-3", BATON_BLOCK_SIZE="32")
+    fleet.wait_workers("decode-3")
+    time.sleep(LOCALITY_S)
+    fetched = fleet.metric("baton_prefix_fetches_total")
+    whole = fleet.metric("baton_prefix_fetches_total", outcome="ok")
+    os.kill(fleet.pid("decode-2"), signal.SIGUSR1)
+    chat = [*prompt, *first.token_ids[0], *tokens(30, seed=6)]
+    second = fleet.complete({"prompt": chat, **SECOND})
+    assert psutil.Process(fleet.pid("decode-2")).status() == psutil.STATUS_STOPPED
+    assert second.error is None
+    assert second.token_ids == oracle(chat, SamplingParams(**SECOND))
+    assert second.longest_silence_s < bearable_silence_s()
+    assert fleet.metric("baton_prefix_fetches_total") == fetched + 1
+    assert fleet.metric("baton_prefix_fetches_total", outcome="ok") == whole
+    fleet.cont("decode-2")
+    fleet.wait_workers("decode-2")
