@@ -269,6 +269,7 @@ class LimitSettings(Section):
         gt=0,
         description="Tokens that one request may take: prompts, and n × max_tokens.",
     )
+    max_text_chars: int = Field(4 * 2**20, gt=0, description="Characters of a text to tokenize.")
     header_timeout_s: float = Field(10.0, gt=0, description="To receive the headers.")
     body_timeout_s: float = Field(30.0, gt=0, description="To receive the body.")
     slow_client_timeout_s: float = Field(

@@ -107,7 +107,7 @@ class InputEncoder:
             InvalidRequest: it is far too long, and not to be cut.
         """
         if self._max_tokens is None:
-            check_num_chars(len(text), self._model.max_model_len, param)
+            check_num_chars(len(text), self._model.max_model_len, self._context.limits, param)
             return text
         num_chars = (self._max_tokens + 1) * MAX_CHARS_PER_TOKEN
         return text[-num_chars:] if self._side == "left" else text[:num_chars]

@@ -9,6 +9,7 @@ from baton.errors import Cause, InvalidRequest
 from baton.gateway.chat_fields import ChatFields
 from baton.gateway.context import Context
 from baton.gateway.openai import GenerationBody
+from baton.settings import LimitSettings
 
 MAX_CHARS_PER_TOKEN = 256  # no vocabulary in use has a longer token
 TokenIds = tuple[int, ...]
@@ -103,7 +104,7 @@ async def encode_prompts(
         if not isinstance(prompt, str):
             return truncation.apply(Prompt(prompt))
         text = truncation.bound(prompt)
-        check_num_chars(len(text), max_model_len, "prompt")
+        check_num_chars(len(text), max_model_len, context.limits, "prompt")
         ids = await context.tokenizers.encode(text, add_special_tokens=add_special_tokens)
         return truncation.apply(Prompt(tuple(ids), prompt))
 
@@ -120,16 +121,24 @@ async def render_prompt(
     """
     rendered = await context.tokenizers.render_chat(body.messages, **body.template_options())
     text = truncation.bound(rendered)
-    check_num_chars(len(text), max_model_len, "messages")
+    check_num_chars(len(text), max_model_len, context.limits, "messages")
     ids = await context.tokenizers.encode(text, add_special_tokens=body.add_special_tokens)
     return truncation.apply(Prompt(tuple(ids), text))
 
 
-def check_num_chars(num_chars: int, max_model_len: int, param: str) -> None:
-    """Refuse a text that cannot fit, before the time to tokenize it is spent."""
+def check_num_chars(num_chars: int, max_model_len: int, limits: LimitSettings, param: str) -> None:
+    """Refuse a text that cannot fit, before the time and the memory to tokenize it are spent.
+
+    Raises:
+        InvalidRequest: of `param`.
+    """
     if num_chars > max_model_len * MAX_CHARS_PER_TOKEN:
         raise InvalidRequest(
             f"The prompt has {num_chars} characters, more than {max_model_len} tokens can hold.",
             param,
             Cause.CONTEXT_LENGTH_EXCEEDED,
+        )
+    if num_chars > limits.max_text_chars:
+        raise InvalidRequest(
+            f"The text has {num_chars} characters; here it may have {limits.max_text_chars}.", param
         )

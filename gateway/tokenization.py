@@ -12,6 +12,7 @@ from baton.errors import InvalidRequest
 from baton.gateway.chat_fields import ChatFields
 from baton.gateway.context import Context
 from baton.gateway.fields import Bool, Fields, Text, TokenIds
+from baton.gateway.prompts import check_num_chars
 
 
 class TokenizeRequest(ChatFields):
@@ -65,6 +66,7 @@ async def _encode(context: Context, body: TokenizeRequest) -> tuple[list[int], s
     """Ids, and the text that they are of."""
     if (body.prompt is None) == (not body.messages):
         raise InvalidRequest("Give either prompt or messages.", "prompt")
+    limits, param = context.limits, "messages" if body.prompt is None else "prompt"
     if body.prompt is not None:
         text, adds = body.prompt, True
     else:
@@ -72,6 +74,7 @@ async def _encode(context: Context, body: TokenizeRequest) -> tuple[list[int], s
         text, adds = await context.tokenizers.render_chat(body.messages, **options), False
     if body.add_special_tokens is not None:
         adds = body.add_special_tokens
+    check_num_chars(len(text), limits.max_request_tokens, limits, param)
     return await context.tokenizers.encode(text, add_special_tokens=adds), text
 
 

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from baton.errors import InvalidRequest
 from baton.gateway.body import parse_json
 from baton.gateway.limits import Keys
+from baton.gateway.message_fields import MessagesRequest
 from baton.gateway.openai import ChatCompletionRequest, CompletionRequest
+from baton.gateway.responses.fields import ResponsesRequest
 from baton.settings import GatewaySettings, LimitSettings
 from tests.gateway.test_errors import CHAT, COMPLETIONS, error_of
 
@@ -91,17 +93,26 @@ def test_strict_parsing_agrees_with_the_standard_parser(value: Any) -> None:
         assert json.dumps(parse_json(text.encode(), 64)) == text
 
 
-_NAMES = tuple(CompletionRequest.model_fields.keys() | ChatCompletionRequest.model_fields.keys())
-_ALL_NAMES = (*sorted(_NAMES), "logit_bias", "response_format", "tools")
+_GOOD: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {"prompt": "Hi"},
+    CHAT: {"messages": [{"role": "u", "content": ""}]},
+    "/v1/responses": {"input": "Hi"},
+    "/v1/messages": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3},
+}
+_BODIES = (CompletionRequest, ChatCompletionRequest, ResponsesRequest, MessagesRequest)
+_NAMES = sorted({name for body in _BODIES for name in body.model_fields})
 
 
-@given(st.dictionaries(st.sampled_from(_ALL_NAMES), _JSON), st.sampled_from([COMPLETIONS, CHAT]))
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(_NAMES), _JSON), st.sampled_from(sorted(_GOOD)))
+@settings(
+    max_examples=250,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 async def test_no_json_makes_a_500(
     client: httpx.AsyncClient, fields: dict[str, Any], url: str
 ) -> None:
-    good = {"prompt": "Hi"} if url == COMPLETIONS else {"messages": [{"role": "u", "content": ""}]}
-    body = json.dumps({**good, **fields}).encode()
+    body = json.dumps({**_GOOD[url], **fields}).encode()
     response = await client.post(url, content=body, headers=JSON)
     assert response.status_code in (200, 400, 404, 413), response.text
     if response.status_code != 200:
@@ -109,7 +120,11 @@ async def test_no_json_makes_a_500(
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 async def test_no_bytes_make_a_500(client: httpx.AsyncClient, body: bytes) -> None:
     response = await client.post(COMPLETIONS, content=body, headers=JSON)
     error_of(response, 400)
@@ -180,3 +195,34 @@ class TestKeys:
 def test_without_keys_everything_is_open() -> None:
     assert Keys(()).accept(None)
     assert not Keys(("k",)).accept(None)
+
+
+class TestTexts:
+    """What a text costs to tokenize is bounded whatever the model's length is."""
+
+    @pytest.fixture
+    def limits(self) -> LimitSettings:
+        return LimitSettings(max_text_chars=100)
+
+    @pytest.mark.parametrize(
+        ("url", "body", "param"),
+        [
+            (COMPLETIONS, {"prompt": "x" * 101}, "prompt"),
+            (COMPLETIONS, {"prompt": ["x", "x" * 101]}, "prompt"),
+            (CHAT, {"messages": [{"role": "user", "content": "x" * 101}]}, "messages"),
+            ("/tokenize", {"prompt": "x" * 101}, "prompt"),
+            ("/tokenize", {"messages": [{"role": "user", "content": "x" * 101}]}, "messages"),
+            ("/v1/responses", {"input": "x" * 101}, "input"),
+            (
+                "/v1/messages/count_tokens",
+                {"messages": [{"role": "user", "content": "x" * 101}]},
+                "messages",
+            ),
+        ],
+    )
+    async def test_a_long_one(
+        self, client: httpx.AsyncClient, url: str, body: dict[str, Any], param: str
+    ) -> None:
+        error = error_of(await client.post(url, json=body), 400)
+        assert error["param"] == param
+        assert "100" in error["message"]
