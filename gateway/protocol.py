@@ -102,11 +102,15 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, message: str) -> None:
         """Answer and hang up, but not before a client that is still writing had time to read it. An
-        answer that is under way is cut."""
+        answer that is under way is cut; one that has not begun gives way."""
         self._stop_timer()
         if not self._is_idle:
-            self.transport.close()
-        elif self._linger is None:
+            if self.cycle.response_started:
+                self.transport.close()
+                return
+            self.cycle.disconnected = True  # as when the connection is lost
+            self.cycle.message_event.set()
+        if self._linger is None:
             response = api_error(HTTPException(status, message), "").response()
             head = [STATUS_LINE[status]]
             for name, value in [*response.raw_headers, (b"connection", b"close")]:
