@@ -8,7 +8,7 @@ from typing import Any
 MIB = 1 << 20
 TRANSPORT, POOL, EMPTY = "transport", "pool to pool", "empty call"
 
-_FROM_BYTES = 16 * MIB  # targets hold from here on
+_FROM_BYTES = 15 * MIB  # targets hold from 16 MiB on; sizes are whole tokens
 _TARGETS = (  # of which row of which transport, against which limit
     ("ucx", TRANSPORT, "of_tcp", 0.7),
     ("grpc", TRANSPORT, "of_tcp", 0.45),
