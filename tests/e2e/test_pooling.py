@@ -68,6 +68,11 @@ def test_workers_that_are_killed_stopped_or_ended_cost_no_answer(fleet: Any, exp
     def ask(_: int) -> list[list[float]]:
         return embed(fleet, TEXTS)
 
+    def ended(fleet: Any, **labels: str) -> float:
+        count = fleet.metric("baton_requests_total", endpoint="/v1/embeddings", **labels)
+        return float(count)
+
+    before, before_ok = ended(fleet), ended(fleet, outcome="ok")
     with ThreadPoolExecutor(4) as threads:
         answers = threads.map(ask, range(24))
         assert_close(next(answers), expected)
@@ -86,9 +91,5 @@ def test_workers_that_are_killed_stopped_or_ended_cost_no_answer(fleet: Any, exp
         assert fleet.terminate("pooling-1") == 0
         for answer in answers:
             assert_close(answer, expected)
-    requests = "baton_requests_total"
-    assert fleet.metric(requests, endpoint="/v1/embeddings") >= 44
-    assert fleet.metric(requests, endpoint="/v1/embeddings") == fleet.metric(
-        requests, endpoint="/v1/embeddings", outcome="ok"
-    )
+    assert ended(fleet) - before == ended(fleet, outcome="ok") - before_ok == 44
     fleet.assert_no_leak()
