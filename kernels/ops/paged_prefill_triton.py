@@ -156,47 +156,15 @@ def _prefill_kernel(
         # Every query of the tile sees all keys up to here; without a window, that is most of them.
         masked_from = tl.where(window > 0, start, (first_position + 1) // KEYS * KEYS)
         maximum, total, acc = _attend(
-            maximum,
-            total,
-            acc,
-            q,
-            k_ptr,
-            v_ptr,
-            table_ptr,
-            start,
-            masked_from,
-            positions,
-            scale_log2,
-            window,
-            num_kv_heads * head_dim,
-            head_dim,
-            block_size,
-            DIMS,
-            KEYS,
-            PRECISION,
-            MASKED=False,
-        )
+            maximum, total, acc, q, k_ptr, v_ptr, table_ptr, start, masked_from, positions,
+            scale_log2, window, num_kv_heads * head_dim, head_dim, block_size, DIMS, KEYS,
+            PRECISION, MASKED=False,
+        )  # fmt: skip
     maximum, total, acc = _attend(
-        maximum,
-        total,
-        acc,
-        q,
-        k_ptr,
-        v_ptr,
-        table_ptr,
-        masked_from,
-        stop,
-        positions,
-        scale_log2,
-        window,
-        num_kv_heads * head_dim,
-        head_dim,
-        block_size,
-        DIMS,
-        KEYS,
-        PRECISION,
-        MASKED=True,
-    )
+        maximum, total, acc, q, k_ptr, v_ptr, table_ptr, masked_from, stop, positions,
+        scale_log2, window, num_kv_heads * head_dim, head_dim, block_size, DIMS, KEYS,
+        PRECISION, MASKED=True,
+    )  # fmt: skip
 
     out = acc / tl.where(is_query, total, 1.0)[:, None]
     out_at = (token[:, None] * num_heads + head) * head_dim + dims[None, :]
