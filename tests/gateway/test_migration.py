@@ -23,8 +23,8 @@ from baton.messages import (
     Submit,
 )
 from baton.types import FinishReason, LegId, Role, TokenChunk, TransferStats, WorkerSnapshot
+from tests.gateway.fleet import D1, D2, P1, Gateway
 from tests.gateway.support import request, ticket, worker_info
-from tests.gateway.test_request_machine import D1, D2, P1, Gateway
 
 D3 = worker_info("d3", Role.DECODE)
 MOVED = TransferStats("local", 4096, 2, 32, 1.0)

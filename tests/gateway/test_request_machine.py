@@ -1,154 +1,38 @@
 """The request machine through a dispatcher with real router: every exit of every state."""
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import pytest
 
 from baton.errors import BatonError, Cause
 from baton.gateway.backend import PrefillPath
-from baton.gateway.dispatch import DispatchConfig, Dispatcher
-from baton.gateway.legs import Emit, Ended
-from baton.gateway.request_machine import FORECAST_TRUST, RequestMachine
-from baton.grants import GrantKeys
+from baton.gateway.legs import Ended
+from baton.gateway.request_machine import FORECAST_TRUST
 from baton.messages import (
     Abort,
     Admitted,
     Bind,
     Bound,
     ComputeLocally,
-    Failed,
-    GatewayMessage,
     Imported,
     KvFailed,
     LeaseLost,
-    LegMessage,
     NoRoom,
     Progress,
     Queued,
-    Rebind,
     Release,
     StepBatch,
     Submit,
 )
 from baton.types import (
-    BlockHash,
     FinishReason,
-    LegId,
-    Request,
     Role,
     TokenChunk,
     TransferStats,
-    WorkerInfo,
     WorkerSnapshot,
 )
+from tests.gateway.fleet import D1, D2, P1, P2, Gateway
 from tests.gateway.support import request, ticket, worker_info
-
-P1, P2 = worker_info("p1", Role.PREFILL), worker_info("p2", Role.PREFILL)
-D1, D2 = worker_info("d1", Role.DECODE), worker_info("d2", Role.DECODE)
-
-
-Order = Submit | Bind | Rebind | ComputeLocally | Abort | Release  # what a machine sends
-T = TypeVar("T", bound=Order)
-
-
-class NoHits:
-    def longest_prefix(self, hashes: Sequence[BlockHash]) -> dict[str, int]:
-        return {}
-
-
-class Gateway:
-    """A dispatcher whose workers are the test itself."""
-
-    def __init__(self, *infos: WorkerInfo) -> None:
-        self.now = 0.0
-        self.sent: list[tuple[str, Order]] = []
-        self.tokens: dict[int, list[int]] = {}
-        self.ended: Ended | None = None
-        self.dropped: list[str] = []
-        self.dispatcher = Dispatcher(
-            NoHits(),
-            DispatchConfig(),
-            GrantKeys("test", ()),
-            send=self._send,
-            deliver=self._deliver,
-            drop=self.dropped.append,
-        )
-        self.infos = {info.worker_id: info for info in infos}
-        for info in infos:
-            self.dispatcher.worker_joined(info, 0)
-
-    def _send(self, worker_id: str, message: GatewayMessage) -> None:
-        assert isinstance(message, Order)
-        self.sent.append((worker_id, message))
-
-    def _deliver(self, request_id: str, effect: Emit | Ended) -> None:
-        assert self.ended is None, "nothing follows the end"
-        if isinstance(effect, Ended):
-            self.ended = effect
-            return
-        known = self.tokens.setdefault(effect.chunk.choice, [])
-        assert effect.chunk.start == len(known), "index order"
-        known.extend(effect.chunk.token_ids)
-
-    def open(self, what: Request | None = None) -> RequestMachine:
-        return self.dispatcher.open(what or request(), self.now)
-
-    def take(self) -> list[tuple[str, Order]]:
-        sent, self.sent = self.sent, []
-        return sent
-
-    def take_one(self, kind: type[T]) -> tuple[str, T]:
-        ((worker_id, message),) = self.take()
-        assert isinstance(message, kind), message
-        return worker_id, message
-
-    def say(self, worker_id: str, *messages: LegMessage, free_blocks: int | None = None) -> None:
-        info = self.infos[worker_id]
-        free = info.num_blocks if free_blocks is None else free_blocks
-        snapshot = WorkerSnapshot(info.role, free_blocks=free, total_blocks=info.num_blocks)
-        self.dispatcher.received(worker_id, StepBatch(messages, snapshot), self.now)
-
-    def lose(self, worker_id: str) -> None:
-        self.dispatcher.worker_lost(worker_id, self.now)
-
-    def back(self, worker_id: str) -> None:
-        self.dispatcher.worker_joined(self.infos[worker_id], self.now)
-
-    def wait(self, ms: float) -> None:
-        self.now += ms
-        self.dispatcher.tick(self.now)
-
-    # shortcuts to a state: each returns the legs it made
-
-    def submitted(self, what: Request | None = None) -> tuple[str, LegId]:
-        self.open(what)
-        worker_id, message = self.take_one(Submit)
-        self.say(worker_id, Queued(message.leg))
-        return worker_id, message.leg
-
-    def admitted(self, what: Request | None = None) -> tuple[str, LegId]:
-        p, leg = self.submitted(what)
-        far = Progress(leg, 0, 1000.0)  # nothing is bound yet
-        self.say(p, Admitted(leg, 0, ticket(self.infos[p])), far)
-        return p, leg
-
-    def held(self, what: Request | None = None) -> tuple[str, LegId, str, Bind]:
-        p, leg = self.admitted(what)
-        n = 1 if what is None else what.sampling.n
-        self.say(p, *(TokenChunk(leg, choice, 0, (5,)) for choice in range(n)))
-        bind = self.sent[-1][1]
-        assert isinstance(bind, Bind)
-        worker_id, _ = self.take()[-1]
-        return p, leg, worker_id, bind
-
-    def decoding(self) -> tuple[str, LegId, str, LegId]:
-        p, p_leg, d, bind = self.held()
-        stats = TransferStats("local", 100, 1, 40, 1.0)
-        self.say(d, Bound(bind.leg, 0), Imported(bind.leg, stats))
-        self.say(d, TokenChunk(bind.leg, 0, 0, (5, 6, 7)))
-        return p, p_leg, d, bind.leg
 
 
 def test_the_eight_steps() -> None:
@@ -399,120 +283,6 @@ def test_one_who_waited_long_is_not_passed() -> None:
     assert gateway.take() == [], "it would fit, but another has waited longer"
     gateway.say("d1", free_blocks=60)
     assert [message.leg.request_id for _, message in gateway.take()] == ["big", "small"]
-
-
-def test_kv_failed_rebinds_once_then_computes_locally() -> None:
-    gateway = Gateway(P1, D1)
-    _, _, d, bind = gateway.held()
-    gateway.say(d, Bound(bind.leg, 0), KvFailed(bind.leg, 16, Cause.FRAME_CORRUPT))
-    _, rebind = gateway.take_one(Rebind)
-    assert rebind.leg == bind.leg
-    gateway.say(d, KvFailed(bind.leg, 32, Cause.TRANSPORT_FAILED))
-    _, local = gateway.take_one(ComputeLocally)
-    assert local.leg == bind.leg
-    gateway.say(d, TokenChunk(bind.leg, 0, 1, (6,), finish_reason=FinishReason.STOP))
-    assert gateway.tokens == {0: [5, 6]}
-    assert gateway.ended == Ended()
-
-
-@pytest.mark.parametrize("cause", [Cause.LEASE_UNKNOWN, Cause.TOKENS_MISMATCH, Cause.OVERLOADED])
-def test_kv_failed_for_good_computes_locally(cause: Cause) -> None:
-    gateway = Gateway(P1, D1)
-    _, _, d, bind = gateway.held()
-    gateway.say(d, Bound(bind.leg, 0), KvFailed(bind.leg, 0, cause))
-    gateway.take_one(ComputeLocally)
-
-
-def test_lease_lost_before_a_d_submits_again() -> None:
-    gateway = Gateway(P1, D1)
-    gateway.say("d1", free_blocks=0)
-    p, leg = gateway.admitted()
-    gateway.say(p, TokenChunk(leg, 0, 0, (5,)))
-    assert gateway.take() == []
-    gateway.say(p, LeaseLost(leg, Cause.TICKET_EXPIRED))
-    (_, release), (_, submit) = gateway.take()
-    assert release == Release(leg)
-    assert isinstance(submit, Submit)
-
-
-def test_a_gap_is_a_failed_leg() -> None:
-    gateway = Gateway(P1, D1, D2)
-    _, _, d, leg = gateway.decoding()
-    gateway.say(d, TokenChunk(leg, 0, 5, (9,)))
-    assert gateway.ended is not None
-    assert gateway.ended.cause is Cause.PROTOCOL
-    assert (d, Abort(leg)) in gateway.take()
-
-
-def test_another_id_for_a_committed_index_is_a_defect_and_is_dropped() -> None:
-    gateway = Gateway(P1, D1)
-    machine = gateway.open()
-    p, submit = gateway.take_one(Submit)
-    gateway.say(p, Admitted(submit.leg, 0, ticket(P1)), TokenChunk(submit.leg, 0, 0, (5,)))
-    d, bind = gateway.take_one(Bind)
-    gateway.say(d, TokenChunk(bind.leg, 0, 0, (4, 6)))
-    assert gateway.tokens == {0: [5, 6]}
-    assert machine.num_defects == 1
-
-
-def test_poison_is_not_tried_a_third_time() -> None:
-    gateway = Gateway(P1, P2, D1)
-    gateway.submitted()
-    gateway.lose("p1")
-    gateway.take()
-    gateway.lose("p2")
-    assert gateway.take() == []
-    gateway.wait(3000)
-    assert gateway.ended is not None
-    assert gateway.ended.cause is Cause.WORKER_LOST
-    assert gateway.dispatcher.next_wake_ms == float("inf"), "nobody is woken any more"
-    assert gateway.take() == []
-
-
-def test_a_lost_connection_is_not_a_death() -> None:
-    gateway = Gateway(P1, P2, D1)
-    gateway.submitted()
-    gateway.lose("p1")
-    gateway.lose("p2")
-    gateway.take()
-    gateway.wait(1000)
-    gateway.back("p1")
-    worker_id, _ = gateway.take_one(Submit)
-    assert worker_id == "p1"
-
-
-def test_failures_are_retried_elsewhere_and_counted() -> None:
-    gateway = Gateway(P1, P2, D1)
-    p, leg = gateway.submitted()
-    gateway.say(p, Failed(leg, Cause.STEP_FAILED, "boom"))
-    for _ in range(20):
-        if gateway.ended is not None:
-            break
-        for worker_id, message in gateway.take():
-            gateway.say(worker_id, Failed(message.leg, Cause.STEP_FAILED, "boom"))
-        gateway.wait(600)
-    assert gateway.ended == Ended(Cause.STEP_FAILED, "boom")
-
-
-def test_a_full_worker_is_no_failure_but_waiting_has_its_limit() -> None:
-    gateway = Gateway(P1, D1)
-    gateway.open()
-    for _ in range(1000):
-        for worker_id, message in gateway.take():
-            gateway.say(worker_id, Failed(message.leg, Cause.OVERLOADED, "full"))
-        if gateway.ended is not None:
-            break
-        gateway.wait(250)
-    assert gateway.ended is not None
-    assert gateway.ended.cause in {Cause.OVERLOADED, Cause.NO_ROOM}
-    assert gateway.now == pytest.approx(60_000, abs=1000)
-
-
-def test_a_fault_of_the_request_is_not_retried() -> None:
-    gateway = Gateway(P1, P2, D1)
-    p, leg = gateway.submitted()
-    gateway.say(p, Failed(leg, Cause.NON_FINITE_LOGITS, "nan"))
-    assert gateway.ended == Ended(Cause.NON_FINITE_LOGITS, "nan")
 
 
 @pytest.mark.parametrize("state", ["submitted", "admitted", "held", "decoding"])

@@ -2,131 +2,45 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from fastapi import FastAPI
-from prometheus_client import CollectorRegistry
-from redis.asyncio import Redis
 
 from baton.errors import BatonError, Cause
 from baton.gateway.app import create_app
 from baton.gateway.context import Context
-from baton.gateway.responses.service import ResponseService
-from baton.gateway.responses.store import ResponseStore
-from baton.settings import GatewaySettings
-from baton.telemetry import GatewayMetrics
 from baton.text import Tokenizer
 from baton.types import FinishReason, StructuredKind
 from tests.conftest import RedisServer, Until
 from tests.gateway.fakes import FakeBackend, chunks
+from tests.gateway.responses import (
+    ARGUMENTS,
+    BODY,
+    CALL,
+    KEYS,
+    LOGPROBS,
+    SCHEMA,
+    TOOL,
+    URL,
+    MakeService,
+    another,
+    answer,
+    api,
+    app,
+    client,
+    client_of,
+    created,
+    error_of,
+    make_service,
+    service,
+    settings,
+)
 from tests.gateway.test_messages import events
 
-URL = "/v1/responses"
-BODY = {"model": "tiny", "input": "Hi"}
-SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-TOOL = {"type": "function", "name": "weather", "parameters": SCHEMA}
-ARGUMENTS = '{"city": "Bern"}'
-CALL = f'<tool_call>{{"name": "weather", "arguments": {ARGUMENTS}}}</tool_call>'
-LOGPROBS = "message.output_text.logprobs"
-KEYS = ("alice", "bob")
-MakeService = Callable[..., ResponseService]
-
-
-@pytest.fixture
-def settings() -> GatewaySettings:
-    return GatewaySettings(
-        api_key=KEYS,
-        enable_auto_tool_choice=True,
-        tool_call_parser="hermes",
-        reasoning_parser="qwen3",
-    )
-
-
-@pytest.fixture
-async def make_service(redis_server: RedisServer, context: Context) -> AsyncIterator[MakeService]:
-    made: list[ResponseService] = []
-
-    def make(*, ttl_s: float = 60, max_bytes: int = 1 << 20, runs: int = 4) -> ResponseService:
-        store = ResponseStore(
-            redis_server.url, "c", ["t"], ttl_s=ttl_s, max_bytes=max_bytes, max_item_bytes=1 << 18
-        )
-        made.append(ResponseService(store, max_background=runs))
-        return made[-1]
-
-    yield make
-    context.inflight.fail_all(BatonError(Cause.DRAINING, "over"))
-    for service in made:
-        await service.close()
-
-
-@pytest.fixture
-def service(make_service: MakeService) -> ResponseService:
-    return make_service()
-
-
-@pytest.fixture
-def app(context: Context, service: ResponseService) -> FastAPI:
-    return create_app(context, responses=service)
-
-
-def another(context: Context, service: ResponseService) -> FastAPI:
-    """A gateway beside the first one."""
-    metrics = GatewayMetrics(CollectorRegistry())
-    return create_app(replace(context, metrics=metrics), responses=service)
-
-
-def client_of(app: FastAPI, key: str = "alice") -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    headers = {"Authorization": f"Bearer {key}"}
-    return httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers)
-
-
-@pytest.fixture
-async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(app) as client:
-        yield client
-
-
-@pytest.fixture
-async def api(server: str) -> AsyncIterator[openai.AsyncOpenAI]:
-    url = f"http://{server}/v1"
-    async with openai.AsyncOpenAI(base_url=url, api_key="alice", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture
-def answer(backend: FakeBackend, tokenizer: Tokenizer) -> Any:
-    """Makes the model say that, and stop; a gate holds it up before its last token."""
-
-    def say(
-        text: str, finish: FinishReason = FinishReason.STOP, gate: asyncio.Event | None = None
-    ) -> None:
-        ids = tokenizer.encode(text, add_special_tokens=False)
-
-        def script(request: Any) -> list[Any]:
-            steps: list[Any] = chunks(request, ids, finish=finish)
-            return steps if gate is None else [*steps[:-1], gate, steps[-1]]
-
-        backend.script = script
-
-    return say
-
-
-async def created(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
-    response = await client.post(URL, json=BODY | fields)
-    assert response.status_code == 200, response.text
-    return dict(response.json())
-
-
-def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
-    assert response.status_code == status, response.text
-    return dict(response.json()["error"])
-
+__all__ = ["another", "answer", "api", "app", "client", "make_service", "service", "settings"]
 
 # ── answers ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -400,139 +314,6 @@ async def test_without_redis(
         assert error_of(response, 503)["code"] == "response_store_unavailable"
         assert response.headers["Retry-After"]
     error_of(await client.get(f"{URL}/{before['id']}"), 503)
-
-
-# ── in the background ────────────────────────────────────────────────────────────────────────────
-
-
-async def test_background(api: openai.AsyncOpenAI, answer: Any) -> None:
-    gate = asyncio.Event()
-    answer("Hello world", gate=gate)
-    response = await api.responses.create(model="tiny", input="Hi", background=True)
-    assert response.status == "queued"
-    while response.status == "queued":
-        response = await api.responses.retrieve(response.id)
-    assert response.status == "in_progress"
-    gate.set()
-    while response.status == "in_progress":
-        response = await api.responses.retrieve(response.id)
-    assert (response.status, response.output_text) == ("completed", "Hello world")
-    again = [e async for e in await api.responses.retrieve(response.id, stream=True)]
-    assert [event.sequence_number for event in again] == list(range(len(again)))
-    assert [event.type for event in again[:3]] == [
-        "response.created",
-        "response.queued",
-        "response.in_progress",
-    ]
-    assert again[-1].response == response
-    rest = await api.responses.retrieve(response.id, stream=True, starting_after=4)
-    assert [event async for event in rest] == again[5:]
-
-
-async def test_background_stream_outlives_its_client(
-    api: openai.AsyncOpenAI, answer: Any, backend: FakeBackend
-) -> None:
-    gate = asyncio.Event()
-    answer("Hello world", gate=gate)
-    stream = await api.responses.create(model="tiny", input="Hi", background=True, stream=True)
-    async for event in stream:
-        if event.type == "response.created":
-            response_id = event.response.id
-        if event.type == "response.output_text.delta":
-            break
-    await stream.close()
-    assert not backend.streams[-1].aborted.is_set()
-    gate.set()
-    rest = await api.responses.retrieve(
-        response_id, stream=True, starting_after=event.sequence_number
-    )
-    found = [later async for later in rest]
-    assert found[0].sequence_number == event.sequence_number + 1
-    assert found[-1].response.output_text == "Hello world"
-
-
-@pytest.mark.parametrize("elsewhere", [False, True])
-@pytest.mark.parametrize("how", ["cancel", "delete"])
-async def test_cancel_frees_the_workers(
-    app: FastAPI,
-    context: Context,
-    make_service: MakeService,
-    answer: Any,
-    backend: FakeBackend,
-    until: Until,
-    elsewhere: bool,
-    how: str,
-) -> None:
-    answer("Hello world", gate=asyncio.Event())
-    asked = another(context, make_service()) if elsewhere else app
-    async with client_of(app) as client, client_of(asked) as other:
-        response = await created(client, background=True)
-        path = f"{URL}/{response['id']}"
-        await until(lambda: backend.streams)
-        if how == "delete":
-            assert (await other.delete(path)).status_code == 200
-            await until(backend.streams[-1].aborted.is_set)
-            await until(lambda: not len(context.inflight))
-            await asyncio.sleep(0.1)
-            error_of(await client.get(path), 404)
-            return
-        cancelled = await other.post(f"{path}/cancel")
-        assert cancelled.status_code == 200, cancelled.text
-        assert cancelled.json()["status"] == "cancelled"
-        assert backend.streams[-1].aborted.is_set()
-        assert (await other.post(f"{path}/cancel")).json() == cancelled.json()
-        found = events(await client.get(path, params={"stream": True}))
-        assert found[-1]["response"]["status"] == "cancelled"
-        assert not len(context.inflight)
-
-
-async def test_only_background_is_cancelled(client: httpx.AsyncClient) -> None:
-    path = f"{URL}/{(await created(client))['id']}"
-    error_of(await client.post(f"{path}/cancel"), 400)
-    assert error_of(await client.get(path, params={"stream": "true"}), 400)["param"] == "stream"
-
-
-async def test_a_failure_in_the_background(client: httpx.AsyncClient, until: Until) -> None:
-    response = await created(client, background=True, input="x " * 5000)
-    path = f"{URL}/{response['id']}"
-    while (found := (await client.get(path)).json())["status"] != "failed":
-        await asyncio.sleep(0.02)
-    assert found["error"]["code"] == "invalid_prompt"
-    assert events(await client.get(path, params={"stream": True}))[-1]["response"] == found
-
-
-async def test_a_gateway_that_is_gone(
-    client: httpx.AsyncClient,
-    context: Context,
-    make_service: MakeService,
-    answer: Any,
-    redis_server: RedisServer,
-) -> None:
-    answer("Hello world", gate=asyncio.Event())
-    response = await created(client, background=True)
-    path = f"{URL}/{response['id']}"
-    other = another(context, make_service())
-    async with client_of(other) as elsewhere:
-        assert (await elsewhere.get(path)).json()["status"] in ("queued", "in_progress")
-        async with Redis.from_url(redis_server.url) as redis:
-            for key in [key async for key in redis.scan_iter("baton:1:c:g:*")]:
-                await redis.delete(key)
-            found = (await elsewhere.get(path)).json()
-        assert (found["status"], found["error"]["code"]) == ("failed", "server_error")
-    await client.delete(path)
-
-
-async def test_background_is_bounded(
-    context: Context, make_service: MakeService, answer: Any
-) -> None:
-    answer("Hello world", gate=asyncio.Event())
-    app = create_app(context, responses=make_service(runs=1))
-    async with client_of(app) as client:
-        first = await created(client, background=True)
-        error_of(await client.post(URL, json=BODY | {"background": True}), 429)
-        await client.post(f"{URL}/{first['id']}/cancel")
-        last = await created(client, background=True)
-        await client.delete(f"{URL}/{last['id']}")
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────

@@ -18,9 +18,9 @@ from baton.types import LegId, SamplingParams
 from baton.worker import data_plane
 from baton.worker.policy import WorkerPolicy
 from tests.kvtransfer.support import grpc_end
-from tests.worker import test_exact as gate
+from tests.worker import gate
 from tests.worker.fleet import PATIENCE_S, Answer, Client, LocalWorker, start_worker
-from tests.worker.test_exact import SEEDED, Oracle, Runners, prompt
+from tests.worker.gate import SEEDED, Oracle, Runners, prompt
 
 NUM_BLOCKS = 9
 PROMPT_LEN = 112  # seven blocks of the nine

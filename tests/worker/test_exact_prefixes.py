@@ -27,7 +27,7 @@ from baton.messages import (
 from baton.types import HASH_TOKENS, LegId, Request, SamplingParams
 from baton.worker import data_plane
 from tests.worker.fleet import GRANT_KEYS, Answer, Client, LocalWorker
-from tests.worker.test_exact import (
+from tests.worker.gate import (
     GREEDY,
     SEEDED,
     Oracle,

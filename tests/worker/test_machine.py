@@ -1,27 +1,18 @@
 """WorkerMachine, event by event: what it answers and what it asks for."""
 
 from dataclasses import replace
-from typing import TypeVar
 
 import pytest
 
 from baton.engine import commands
 from baton.engine.events import (
-    KVReserved,
     LeaseEvicted,
     LegAdmitted,
-    LegEvent,
     LegFailed,
     LegPinned,
-    LegRefused,
-    LegTokens,
     PrefillProgress,
-    StepOutput,
 )
 from baton.errors import Cause
-from baton.grants import GrantKeys
-from baton.hashing import salt_digest, tokens_digest
-from baton.kvtransfer.base import FetchOpen
 from baton.kvtransfer.effects import (
     AttachGranted,
     AttachmentReady,
@@ -31,176 +22,54 @@ from baton.kvtransfer.effects import (
     CutAttachment,
 )
 from baton.kvtransfer.progress import KVReady
-from baton.kvtransfer.ticket import TicketKeyring
 from baton.messages import (
     Abort,
     Admitted,
-    Bind,
-    Bound,
     ComputeLocally,
     Failed,
     Heartbeat,
     Hello,
-    Imported,
-    KvFailed,
     LeaseLost,
-    LegMessage,
     NoRoom,
     Progress,
     Queued,
-    Rebind,
     Release,
     StepBatch,
     Submit,
 )
 from baton.types import (
-    BlockId,
-    FinishReason,
-    KVGroup,
-    KVKind,
-    KVLayout,
     KVRange,
-    KVTicket,
     LegId,
     Request,
     Role,
     SamplingParams,
-    TokenChunk,
-    TransferStats,
-    TransportAddress,
-    WorkerInfo,
-    WorkerSnapshot,
 )
-from baton.worker.effects import CloseSession, Effect, FetchKV, Post, Send, SessionId
+from baton.worker.effects import CloseSession, Send
 from baton.worker.machine import FORGET_LEG_MS, WorkerMachine
 from baton.worker.policy import WorkerPolicy
+from tests.worker.machines import (
+    BLOCKS,
+    LAYOUT,
+    PROMPT,
+    S1,
+    S2,
+    D,
+    P,
+    admit,
+    bound,
+    fetch_open,
+    info,
+    machine,
+    make_machine,
+    only,
+    posted,
+    request,
+    step,
+    token,
+    told,
+)
 
-S1, S2 = SessionId(1), SessionId(2)
-P, D = LegId("r", 1), LegId("r", 2)
-LAYOUT = KVLayout((KVGroup(KVKind.FULL, 2, 1, 4, "float32"),), block_size=16)
-PROMPT = tuple(range(40))
-BLOCKS = tuple(BlockId(i) for i in (3, 5, 7))
-TRANSPORTS = (TransportAddress("local", "p"),)
-STATS = TransferStats("local", num_bytes=640, num_frames=2, num_tokens=40, duration_ms=1.0)
-T = TypeVar("T")
-
-
-class LinearPredictor:
-    def prefill_ms(self, num_uncached_tokens: int, num_cached_tokens: int = 0) -> float:
-        return float(num_uncached_tokens)
-
-
-def info(worker_id: str = "w", num_blocks: int = 10) -> WorkerInfo:
-    return WorkerInfo(
-        worker_id=worker_id,
-        incarnation=b"i" * 16,
-        role=Role.BOTH,
-        model="m",
-        fingerprint=b"f" * 32,
-        layout=LAYOUT,
-        address="127.0.0.1:1",
-        transports=TRANSPORTS,
-        host_id="h",
-        pid=1,
-        device="cpu",
-        num_blocks=num_blocks,
-        max_model_len=128,
-        max_num_seqs=8,
-        vocab_size=1000,
-        eos_token_ids=(0,),
-    )
-
-
-def request(n: int = 1, **changes: object) -> Request:
-    sampling = SamplingParams(n=n, seed=1, max_tokens=8)
-    return replace(Request("r", PROMPT, sampling), **changes)  # type: ignore[arg-type]
-
-
-def make_machine(num_blocks: int = 10) -> WorkerMachine:
-    ids = iter(range(1, 1000))
-    machine = WorkerMachine(
-        info(num_blocks=num_blocks),
-        WorkerPolicy(),
-        TicketKeyring(b"k" * 32),
-        LinearPredictor(),
-        GrantKeys("test", ()),
-        first_epoch=100,
-        random_id=lambda: next(ids).to_bytes(16, "little"),
-    )
-    machine.session_opened(S1, 0)
-    return machine
-
-
-@pytest.fixture
-def machine() -> WorkerMachine:
-    return make_machine()
-
-
-def step(machine: WorkerMachine, *events: LegEvent, now_ms: int = 0) -> list[Effect]:
-    snapshot = WorkerSnapshot(Role.BOTH, free_blocks=6, total_blocks=10)
-    effects = machine.step(StepOutput(events, snapshot, None), now_ms)
-    machine.check_integrity()
-    return effects
-
-
-def told(effects: list[Effect], session: SessionId = S1) -> list[LegMessage]:
-    """All messages to one session, which must be one batch."""
-    batches = [e.message for e in effects if isinstance(e, Send) and e.session == session]
-    assert len(batches) <= 1
-    if not batches:
-        return []
-    assert isinstance(batches[0], StepBatch)
-    return list(batches[0].messages)
-
-
-def posted(effects: list[Effect]) -> list[commands.Command]:
-    return [e.command for e in effects if isinstance(e, Post)]
-
-
-def only(effects: list[Effect], kind: type[T]) -> T:
-    (found,) = (e for e in effects if isinstance(e, kind))
-    return found
-
-
-def token(
-    leg: LegId, token_id: int, choice: int = 0, start: int = 0, end: bool = False
-) -> LegTokens:
-    reason = FinishReason.LENGTH if end else None
-    return LegTokens(TokenChunk(leg, choice, start, (token_id,), finish_reason=reason))
-
-
-def admit(machine: WorkerMachine, leg: LegId = P, session: SessionId = S1, n: int = 1) -> KVTicket:
-    """Submit and let the engine reserve the blocks."""
-    machine.receive(session, Submit(leg, request(n)), 0)
-    (admitted,) = told(step(machine, LegAdmitted(leg, BLOCKS, len(PROMPT), 16)), session)
-    assert isinstance(admitted, Admitted)
-    assert admitted.ticket is not None
-    return admitted.ticket
-
-
-def fetch_open(ticket: KVTicket, token_start: int = 0) -> FetchOpen:
-    return FetchOpen(
-        source=ticket,
-        range=KVRange(0, 2, token_start, len(PROMPT)),
-        layout=replace(LAYOUT, block_size=32),
-        fingerprint=b"f" * 32,
-        tokens_digest=tokens_digest(PROMPT),
-        salt_digest=salt_digest(b""),
-        consumer="d",
-    )
-
-
-def bound(machine: WorkerMachine, n: int = 1) -> FetchKV:
-    """Bind and let the engine reserve; the fetch that follows."""
-    machine.receive(S1, Bind(D, request(n), admit_elsewhere(n), TRANSPORTS, "h"), 0)
-    effects = step(machine, KVReserved(D, BLOCKS, len(PROMPT), 16))
-    assert told(effects) == [Bound(D, 16)]
-    return only(effects, FetchKV)
-
-
-def admit_elsewhere(n: int = 1) -> KVTicket:
-    return admit(make_machine(), n=n)
-
+__all__ = ["machine"]
 
 # ── sessions ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -424,112 +293,6 @@ def test_a_failed_prefill_waits_for_its_reader(machine: WorkerMachine) -> None:
     assert posted(effects) == []
     assert only(effects, CutAttachment).epoch == epoch
     assert posted(machine.attachment_closed(epoch, 0)) == [commands.Quiesced(P)]
-
-
-# ── decode ───────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_decode_from_bind_to_the_last_token(machine: WorkerMachine) -> None:
-    ticket = admit_elsewhere()
-    effects = machine.receive(S1, Bind(D, request(), ticket, TRANSPORTS, "h"), 0)
-    assert posted(effects) == [commands.AddDecode(D, request(), len(PROMPT))]
-    fetch = only(step(machine, KVReserved(D, BLOCKS, len(PROMPT), 16)), FetchKV)
-    assert fetch.fetch.range == KVRange(0, 2, 16, 40)
-    assert fetch.block_ids == BLOCKS
-    effects = machine.fetch_ended(D, STATS, [token(P, 9).chunk], 0)
-    assert posted(effects) == [commands.KVImported(D, (token(D, 9).chunk,))]
-    assert told(effects) == [Imported(D, STATS)]
-    step(machine, token(D, 9), token(D, 10, start=1, end=True))
-    assert machine.is_idle
-    assert machine.receive(S1, Abort(D), 0) == []
-
-
-def test_a_ticket_for_another_request_is_refused_at_bind(machine: WorkerMachine) -> None:
-    other = request(prompt_token_ids=(*PROMPT[:-1], 99))
-    effects = machine.receive(S1, Bind(D, other, admit_elsewhere(), TRANSPORTS, "h"), 0)
-    (refusal,) = told(effects)
-    assert isinstance(refusal, Failed)
-    assert refusal.cause is Cause.TOKENS_MISMATCH
-    assert posted(effects) == []
-    assert machine.is_idle
-
-
-def test_no_room_at_bind_holds_nothing(machine: WorkerMachine) -> None:
-    machine.receive(S1, Bind(D, request(), admit_elsewhere(), TRANSPORTS, "h"), 0)
-    (refusal,) = told(step(machine, LegRefused(D, 2)))
-    assert refusal == NoRoom(D, 2, WorkerPolicy().retry_after_ms)
-    assert machine.is_idle
-
-
-def test_a_failed_fetch_is_told_and_refetched(machine: WorkerMachine) -> None:
-    fetch = bound(machine)
-    effects = machine.fetch_failed(D, 32, Cause.FRAME_CORRUPT, "checksum", 0)
-    assert told(effects) == [KvFailed(D, 32, Cause.FRAME_CORRUPT, "checksum")]
-    assert posted(effects) == [commands.KVFailed(D, 32)]
-    again = machine.receive(S1, Rebind(D, fetch.fetch.source, TRANSPORTS, "h"), 0)
-    assert only(again, FetchKV).fetch.range.token_start == 32
-
-
-def test_a_failed_fetch_is_computed_locally(machine: WorkerMachine) -> None:
-    bound(machine)
-    machine.fetch_failed(D, 32, Cause.TRANSPORT_FAILED, "", 0)
-    effects = machine.receive(S1, ComputeLocally(D, request()), 0)
-    assert posted(effects) == [commands.ComputeHere(D)]
-    assert told(step(machine, PrefillProgress(D, 40))) == [Progress(D, 40, 0.0)]
-    step(machine, token(D, 9, end=True))
-    assert machine.is_idle
-
-
-def test_a_decision_may_come_before_the_fetch_has_failed(machine: WorkerMachine) -> None:
-    bound(machine)
-    effects = machine.receive(S1, ComputeLocally(D, request()), 0)
-    assert only(effects, CancelFetch).leg == D
-    effects = machine.fetch_failed(D, 16, Cause.CANCELLED, "", 0)
-    assert posted(effects) == [commands.KVFailed(D, 16), commands.ComputeHere(D)]
-    assert told(effects) == []
-
-
-def test_undecided_legs_end(machine: WorkerMachine) -> None:
-    bound(machine)
-    machine.fetch_failed(D, 16, Cause.TRANSPORT_FAILED, "", 0)
-    now_ms = WorkerPolicy().decide_ms
-    machine.receive(S1, Heartbeat(1), now_ms)
-    effects = machine.tick(now_ms)
-    assert posted(effects) == [commands.Abort(D)]
-    (failed,) = told(effects)
-    assert isinstance(failed, Failed)
-    assert failed.cause is Cause.DEADLINE_EXCEEDED
-
-
-@pytest.mark.parametrize(
-    "chunks",
-    [
-        [],
-        [token(P, 9, choice=1).chunk],
-        [token(P, 9, start=1).chunk],
-        [token(P, 1000).chunk],
-        [token(P, 9).chunk, token(P, 9).chunk],
-    ],
-)
-def test_first_tokens_that_make_no_sense_fail_the_fetch(
-    machine: WorkerMachine, chunks: list[TokenChunk]
-) -> None:
-    bound(machine)
-    (told_failed,) = told(machine.fetch_ended(D, STATS, chunks, 0))
-    assert isinstance(told_failed, KvFailed)
-    assert (told_failed.valid_tokens, told_failed.cause) == (40, Cause.PROTOCOL)
-
-
-def test_aborting_the_last_choice_during_a_fetch_waits_for_the_writer(
-    machine: WorkerMachine,
-) -> None:
-    bound(machine, n=2)
-    assert posted(machine.receive(S1, Abort(D, 0), 0)) == [commands.Abort(D, 0)]
-    effects = machine.receive(S1, Abort(D, 1), 0)
-    assert posted(effects) == [commands.Abort(D, in_flight=True)]
-    effects = machine.fetch_ended(D, STATS, [], 0)
-    assert posted(effects) == [commands.Quiesced(D)]
-    assert machine.is_idle
 
 
 # ── the door and the end ─────────────────────────────────────────────────────────────────────────

@@ -19,9 +19,9 @@ from baton.messages import (
     TokenChunk,
 )
 from baton.types import LegId, SamplingParams, StructuredKind, StructuredOutput
-from tests.worker import test_exact as gate
+from tests.worker import gate
 from tests.worker.fleet import Answer, Client, LocalWorker
-from tests.worker.test_exact import Oracle, Runners, on_the_wire, prompt, worker, workers
+from tests.worker.gate import Oracle, Runners, on_the_wire, prompt, worker, workers
 
 runners, oracle = gate.runners, gate.oracle
 

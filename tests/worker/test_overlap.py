@@ -12,9 +12,9 @@ from baton.messages import Bound, Imported, Release
 from baton.types import SamplingParams
 from baton.worker import worker as worker_module
 from baton.worker.layer_marks import LayerMarks
-from tests.worker import test_exact as gate
+from tests.worker import gate
 from tests.worker.fleet import Client
-from tests.worker.test_exact import SEEDED, Oracle, Runners, pair, prompt
+from tests.worker.gate import SEEDED, Oracle, Runners, pair, prompt
 
 runners, oracle = gate.runners, gate.oracle
 

@@ -1,0 +1,125 @@
+"""Apps that answer /v1/responses, their clients, and what is asked of them in most tests."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from baton.errors import BatonError, Cause
+from baton.gateway.app import create_app
+from baton.gateway.context import Context
+from baton.gateway.responses.service import ResponseService
+from baton.gateway.responses.store import ResponseStore
+from baton.settings import GatewaySettings
+from baton.telemetry import GatewayMetrics
+from baton.text import Tokenizer
+from baton.types import FinishReason
+from tests.conftest import RedisServer
+from tests.gateway.fakes import FakeBackend, chunks
+
+URL = "/v1/responses"
+BODY = {"model": "tiny", "input": "Hi"}
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOL = {"type": "function", "name": "weather", "parameters": SCHEMA}
+ARGUMENTS = '{"city": "Bern"}'
+CALL = f'<tool_call>{{"name": "weather", "arguments": {ARGUMENTS}}}</tool_call>'
+LOGPROBS = "message.output_text.logprobs"
+KEYS = ("alice", "bob")
+MakeService = Callable[..., ResponseService]
+
+
+@pytest.fixture
+def settings() -> GatewaySettings:
+    return GatewaySettings(
+        api_key=KEYS,
+        enable_auto_tool_choice=True,
+        tool_call_parser="hermes",
+        reasoning_parser="qwen3",
+    )
+
+
+@pytest.fixture
+async def make_service(redis_server: RedisServer, context: Context) -> AsyncIterator[MakeService]:
+    made: list[ResponseService] = []
+
+    def make(*, ttl_s: float = 60, max_bytes: int = 1 << 20, runs: int = 4) -> ResponseService:
+        store = ResponseStore(
+            redis_server.url, "c", ["t"], ttl_s=ttl_s, max_bytes=max_bytes, max_item_bytes=1 << 18
+        )
+        made.append(ResponseService(store, max_background=runs))
+        return made[-1]
+
+    yield make
+    context.inflight.fail_all(BatonError(Cause.DRAINING, "over"))
+    for service in made:
+        await service.close()
+
+
+@pytest.fixture
+def service(make_service: MakeService) -> ResponseService:
+    return make_service()
+
+
+@pytest.fixture
+def app(context: Context, service: ResponseService) -> FastAPI:
+    return create_app(context, responses=service)
+
+
+def another(context: Context, service: ResponseService) -> FastAPI:
+    """A gateway beside the first one."""
+    metrics = GatewayMetrics(CollectorRegistry())
+    return create_app(replace(context, metrics=metrics), responses=service)
+
+
+def client_of(app: FastAPI, key: str = "alice") -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers)
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(app) as client:
+        yield client
+
+
+@pytest.fixture
+async def api(server: str) -> AsyncIterator[openai.AsyncOpenAI]:
+    url = f"http://{server}/v1"
+    async with openai.AsyncOpenAI(base_url=url, api_key="alice", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def answer(backend: FakeBackend, tokenizer: Tokenizer) -> Any:
+    """Makes the model say that, and stop; a gate holds it up before its last token."""
+
+    def say(
+        text: str, finish: FinishReason = FinishReason.STOP, gate: asyncio.Event | None = None
+    ) -> None:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+
+        def script(request: Any) -> list[Any]:
+            steps: list[Any] = chunks(request, ids, finish=finish)
+            return steps if gate is None else [*steps[:-1], gate, steps[-1]]
+
+        backend.script = script
+
+    return say
+
+
+async def created(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
+    response = await client.post(URL, json=BODY | fields)
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    return dict(response.json()["error"])
