@@ -1,4 +1,5 @@
 import json
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -131,15 +132,18 @@ def test_an_interrupt_keeps_what_is_done(
     slow = lambda path, body: Answer(  # noqa: E731
         echo(path, body).body, delay_s=30.0 if body["prompt"] == "c" else 0.0
     )
-    with serving(slow) as server:
-        assert run(server.url, source, output, max_inflight=1) == 130
+    # A shell starts background jobs with the signal ignored, and this suite may be one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with serving(slow) as server:
+            assert run(server.url, source, output, max_inflight=1) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "goes on where this ended" in capsys.readouterr().err
     assert answers(output).keys() == {"a", "b"}
 
 
 def _interrupt() -> None:
-    import signal
-
     signal.raise_signal(signal.SIGINT)
 
 
