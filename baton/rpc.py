@@ -109,7 +109,8 @@ _STATUS = {
 # What a status without a cause means: it came from gRPC itself or from something that is not Baton.
 _CAUSE = {
     grpc.StatusCode.UNAUTHENTICATED: Cause.UNAUTHENTICATED,
-    grpc.StatusCode.CANCELLED: Cause.CANCELLED,
+    # Who cancels a call of its own gets asyncio's CancelledError; this is the peer, or its end.
+    grpc.StatusCode.CANCELLED: Cause.TRANSPORT_FAILED,
     grpc.StatusCode.DEADLINE_EXCEEDED: Cause.DEADLINE_EXCEEDED,
     grpc.StatusCode.UNIMPLEMENTED: Cause.UNSUPPORTED,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Cause.PROTOCOL,  # a message beyond the limits

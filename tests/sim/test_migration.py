@@ -13,7 +13,7 @@ CASES = [(step, "source") for step in [*PREPARING, *MOVING]] + [(s, "target") fo
 
 @pytest.mark.timeout(900)
 def test_restless_schedules_with_faults() -> None:
-    result = search(range(200), JOBS, RESTLESS)
+    result = search(range(1000, 1200), JOBS, RESTLESS)
     assert not result.failures, explain(result)
     stats = result.stats
     assert stats.num_migrated_bytes > 0

@@ -11,6 +11,7 @@ import torch
 from baton.errors import BatonError, Cause
 from baton.kvtransfer.base import FetchOpen, FrameSink, FrameSource
 from baton.kvtransfer.effects import AttachGranted, AttachmentReady, AttachRefused, CutAttachment
+from baton.kvtransfer.exporter import FRAME_BYTES
 from baton.kvtransfer.frames import FrameWriter
 from baton.kvtransfer.memory import KVMemory
 from baton.kvtransfer.progress import KVReady
@@ -44,6 +45,7 @@ TICKET = KVTicket(
     b"t" * 16, "a:1", b"i" * 16, b"f" * 32, LAYOUT, 16, DIGEST, b"s" * 32, 9, 1, b"m" * 32
 )
 FETCH = FetchOpen(TICKET, KVRange(0, 1, 16, 16), LAYOUT, b"f" * 32, DIGEST, b"s" * 32, "d")
+CREDIT = FETCH.initial_credit * FRAME_BYTES
 CHUNKS = (TokenChunk(LEG, 0, 0, (7,)),)
 
 
@@ -296,7 +298,7 @@ async def test_an_address_that_is_out_of_reach_is_not_tried() -> None:
 
 @pytest.mark.parametrize(
     ("num_bytes", "predicted_ms", "expected"),
-    [(0, 0.0, 0), (1000, 0.2, 1), (8 << 20, 500.0, 500), (80 << 20, 5000.0, 500)],
+    [(0, 0.0, 0), (1000, 0.2, 1), (CREDIT, 500.0, 500), (10 * CREDIT, 5000.0, 500)],
 )
 def test_the_pace_is_of_what_there_is_credit_for(
     num_bytes: int, predicted_ms: float, expected: int
