@@ -10,6 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_fastapi_instrumentator import Instrumentator
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 import baton
 from baton.errors import BatonError, Cause
@@ -34,6 +35,7 @@ from baton.gateway.link_metrics import LinkMetrics
 from baton.gateway.responses.routes import responses_router
 from baton.gateway.responses.service import ResponseService
 
+_METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 Lifespan = Callable[[], AbstractAsyncContextManager[None]]
 
 
@@ -110,12 +112,24 @@ def _exception_handler(
         response = api_error(error, request_id).response()
         # A 500 is sent from outside the layer of limits.
         response.headers["X-Request-Id"] = request_id
+        if response.status_code == 405:
+            response.headers["Allow"] = ", ".join(_allowed(request))
         if isinstance(error, BatonError) and response.status_code in (429, 503):
             wait_s = context.inflight.retry_after_s(error.cause, time.monotonic())
             response.headers["Retry-After"] = str(wait_s)
         return response
 
     return on_exception
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of a path, each of which has a route of its own."""
+    routes = request.app.router.routes
+    return [
+        method
+        for method in _METHODS
+        if any(r.matches({**request.scope, "method": method})[0] is Match.FULL for r in routes)
+    ]
 
 
 def _add_probes(app: FastAPI, context: Context) -> None:

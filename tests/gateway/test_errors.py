@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from baton.errors import BatonError, Cause, InvalidRequest
 from baton.text import TokenizerPool
@@ -368,3 +369,13 @@ async def test_routes(client: httpx.AsyncClient) -> None:
         response = await client.request(method, url)
         assert error_of(response, 405)["code"] == "method_not_allowed"
         assert response.headers["allow"] == allowed
+
+
+async def test_a_wrong_method_names_every_right_one(
+    app: FastAPI, client: httpx.AsyncClient
+) -> None:
+    paths = {path: set(methods) for path, methods in app.openapi()["paths"].items()}
+    for path, methods in (paths | {"/ping": {"get", "post"}}).items():
+        response = await client.request("TRACE", path)
+        assert error_of(response, 405)["code"] == "method_not_allowed"
+        assert set(response.headers["allow"].lower().split(", ")) == methods
