@@ -1,7 +1,7 @@
 """Tools that a chat request offers to the model, and what it wants done with them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -35,7 +35,19 @@ class NamedTool(Fields):
     function: NamedFunction
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+class Allowed(Fields):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1, max_length=_MAX_TOOLS)
+
+
+class AllowedTools(Fields):
+    """Some of the tools are offered; the others might as well not be there."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: Allowed
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
 
 
 class ToolFields(Fields):
@@ -48,11 +60,21 @@ class ToolFields(Fields):
         """What becomes of the tools; a name that is none of the three is the tool to call."""
         if isinstance(self.tool_choice, NamedTool):
             return self.tool_choice.function.name
+        if isinstance(self.tool_choice, AllowedTools):
+            return self.tool_choice.allowed_tools.mode
         return self.tool_choice or ("auto" if self.tools else "none")
 
     @property
     def is_named(self) -> bool:
         return isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def _offered(self) -> Sequence[Tool]:
+        tools = self.tools or ()
+        if not isinstance(self.tool_choice, AllowedTools):
+            return tools
+        names = {tool.function.name for tool in self.tool_choice.allowed_tools.tools}
+        return [tool for tool in tools if tool.function.name in names]
 
     def check_tools(self, *, auto: bool) -> None:
         """
@@ -66,7 +88,7 @@ class ToolFields(Fields):
             raise InvalidRequest("tools must not be an empty array.", "tools")
         if self.tool_choice not in (None, "none") and not self.tools:
             raise InvalidRequest("When using tool_choice, tools must be set.", "tool_choice")
-        if self.is_named and self._parameters(self.chosen) is None:
+        if not self._named_tools() <= {tool.function.name for tool in self.tools or ()}:
             raise InvalidRequest("tool_choice names no tool of the request.", "tool_choice")
         if self.tools and self.chosen == "auto" and not auto:
             raise InvalidRequest(
@@ -80,7 +102,7 @@ class ToolFields(Fields):
         """As chat templates expect them."""
         if not self.tools:
             return None
-        return [tool.model_dump(exclude_none=True) for tool in self.tools]
+        return [tool.model_dump(exclude_none=True) for tool in self._offered]
 
     def call_grammar(self) -> StructuredOutput | None:
         """What the answer must be when a call is demanded: the arguments of the named tool, or a
@@ -90,10 +112,18 @@ class ToolFields(Fields):
         if self.is_named:
             schema: Any = self._parameters(self.chosen)
         else:
-            schema = self._calls_schema(self.tools)
+            schema = self._calls_schema(self._offered)
         return StructuredOutput(StructuredKind.JSON_SCHEMA, json.dumps(schema))
 
-    def _calls_schema(self, tools: list[Tool]) -> dict[str, Any]:
+    def _named_tools(self) -> set[str]:
+        match self.tool_choice:
+            case NamedTool(function=function):
+                return {function.name}
+            case AllowedTools(allowed_tools=allowed):
+                return {tool.function.name for tool in allowed.tools}
+        return set()
+
+    def _calls_schema(self, tools: Sequence[Tool]) -> dict[str, Any]:
         calls = [
             {
                 "type": "object",

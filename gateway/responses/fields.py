@@ -51,6 +51,7 @@ _SHARED = (
     "stop_token_ids",
     "ignore_eos",
     "skip_special_tokens",
+    "include_stop_str_in_output",
     "logit_bias",
     "structured_outputs",
     "cache_salt",
@@ -100,8 +101,10 @@ class ResponsesRequest(Fields):
         "moderation": (),
         "enable_response_messages": (False,),
         "previous_input_messages": ([],),
+        "previous_response": (),
         "kv_transfer_params": (),
         "vllm_xargs": ({},),
+        "mm_processor_kwargs": ({},),
     }
 
     model: Text | None = None
@@ -135,13 +138,17 @@ class ResponsesRequest(Fields):
     stop_token_ids: TokenIds = Field([])
     ignore_eos: Bool = False
     skip_special_tokens: Bool | None = None
+    include_stop_str_in_output: Bool = False
     logit_bias: dict[str, Float] = Field({})
     structured_outputs: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] = Field({})
     cache_salt: Text | None = None
     priority: Int = 0
     service_tier: Text | None = Field(None, description="Accepted and ignored.")
+    request_id: Text | None = Field(None, description="Accepted and ignored.")
+    session_id: Text | None = Field(None, description="Accepted and ignored.")
     prompt_cache_key: Text | None = Field(None, description="Accepted and echoed.")
+    prompt_cache_retention: Text | None = Field(None, description="Accepted and echoed.")
     safety_identifier: Text | None = Field(None, description="Accepted and echoed.")
     user: Text | None = Field(None, description="Accepted and echoed.")
 
@@ -183,10 +190,11 @@ class ResponsesRequest(Fields):
                 "metadata",
             )
 
-    def to_chat(self, messages: Chat) -> ResponsesChat:
+    def to_chat(self, messages: Chat, *, goes_on: bool = False) -> ResponsesChat:
         """
         Args:
             messages: the conversation up to the answer, without `instructions`.
+            goes_on: the answer continues the last of them.
 
         Raises:
             InvalidRequest: something that chats here do not have.
@@ -195,6 +203,7 @@ class ResponsesRequest(Fields):
         fields["logprobs"] = self.wants_logprobs
         system = [] if self.instructions is None else [_system(self.instructions)]
         fields["messages"] = [*system, *messages]
+        fields |= {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
         fields["response_format"] = _response_format(self.format)
         if self.tools:
             fields["tools"] = [_chat_tool(tool) for tool in self.tools]
@@ -246,8 +255,11 @@ def _tool_choice(choice: str | Mapping[str, Any]) -> object:
             return {"type": "function", "function": {"name": name}}
         case {"type": "function"}:
             raise InvalidRequest("tool_choice of type function needs a name.", "tool_choice")
+        case {"type": "allowed_tools", "mode": mode, "tools": list() as tools}:
+            named = [_tool_choice(tool) for tool in tools if isinstance(tool, dict)]
+            return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": named}}
     raise InvalidRequest(
-        "tool_choice must be none, auto, required or of type function.",
+        "tool_choice must be none, auto, required, or of type function or allowed_tools.",
         "tool_choice",
         Cause.UNSUPPORTED,
     )
@@ -276,6 +288,7 @@ def echoed(body: ResponsesRequest, model: str, sampling: SamplingParams) -> dict
         "top_logprobs": body.top_logprobs,
         "service_tier": "default",
         "prompt_cache_key": body.prompt_cache_key,
+        "prompt_cache_retention": body.prompt_cache_retention,
         "safety_identifier": body.safety_identifier,
         "user": body.user,
     }

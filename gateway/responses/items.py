@@ -42,6 +42,13 @@ def to_messages(items: Items) -> Chat:
     return chat
 
 
+def is_unfinished(items: Items) -> bool:
+    """The last item is a message that an assistant has not ended: the answer goes on with it."""
+    last: Mapping[str, Any] = items[-1] if items else {}
+    is_message = last.get("type", "message") == "message" and last.get("role") == "assistant"
+    return is_message and last.get("status") in ("in_progress", "incomplete")
+
+
 def _turn(chat: Chat, reasoning: str | None) -> dict[str, Any]:
     """The assistant's message that a call belongs to."""
     if reasoning is None and chat and chat[-1]["role"] == "assistant":
@@ -87,10 +94,11 @@ def _part_text(part: object) -> str:
 
 def _refusal(item: Mapping[str, Any]) -> InvalidRequest:
     kind = item.get("type")
-    if kind in (None, "message", "function_call", "function_call_output"):
+    if kind in (None, "message", "function_call", "function_call_output", "item_reference"):
         return InvalidRequest("input: an item is malformed.", "input")
     return InvalidRequest(
-        "input: items are messages, reasoning, function_call and function_call_output.",
+        "input: items are messages, reasoning, function_call, function_call_output and "
+        "item_reference.",
         "input",
         Cause.UNSUPPORTED,
     )

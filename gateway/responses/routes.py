@@ -13,6 +13,7 @@ from baton.gateway.context import Context
 from baton.gateway.responses.background import Run
 from baton.gateway.responses.events import TERMINAL
 from baton.gateway.responses.fields import ResponsesRequest, param_of
+from baton.gateway.responses.items import is_unfinished
 from baton.gateway.responses.reader import EventsResponse
 from baton.gateway.responses.service import ResponseService
 from baton.gateway.responses.shape import ResponsesShape
@@ -75,10 +76,11 @@ async def _create(
 ) -> Response:
     body.check()
     tenant = service.tenant(request)
-    messages = await service.conversation(tenant, body)
+    items = await service.items(tenant, body)
+    messages = await service.conversation(tenant, body, items)
     keeps = await service.keeps(body)
     try:
-        chat = body.to_chat(messages)
+        chat = body.to_chat(messages, goes_on=is_unfinished(items))
         generation = begin(context, chat, request, PATH, id_prefix="resp", prompt_param="input")
     except InvalidRequest as error:
         raise InvalidRequest(error.message, param_of(error.param), error.cause) from None

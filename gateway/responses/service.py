@@ -1,6 +1,7 @@
 """What may become of responses beyond their answer: found, continued, cancelled, deleted."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +12,11 @@ from baton.gateway.errors import Refusal
 from baton.gateway.responses.background import Background, Run
 from baton.gateway.responses.events import TERMINAL
 from baton.gateway.responses.fields import ResponsesRequest
-from baton.gateway.responses.items import Chat, to_messages
+from baton.gateway.responses.items import Chat, Items, to_messages
 from baton.gateway.responses.store import ResponseStore, StoredResponse, StoreUnavailable
 
 _ID = re.compile(r"resp_[0-9a-f]{32}")
+_ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]{32})[0-9]{1,4}")  # that of its response, and a number
 _GONE = {"code": "server_error", "message": "The gateway that ran this response is gone."}
 
 
@@ -74,7 +76,35 @@ class ResponseService:
             await self._store.ping()
         return body.store is not False
 
-    async def conversation(self, tenant: str, body: ResponsesRequest) -> Chat:
+    async def items(self, tenant: str, body: ResponsesRequest) -> Items:
+        """The input, with the items of stored responses that it refers to.
+
+        Raises:
+            Refusal: 404.
+            StoreUnavailable
+        """
+        found: dict[str, Mapping[str, Any]] = {}
+        items = []
+        for item in body.items:
+            match item:
+                case {"type": "item_reference", "id": str() as item_id}:
+                    if item_id not in found:
+                        found |= await self._items_beside(tenant, item_id)
+                    items.append(found[item_id])
+                case _:
+                    items.append(item)
+        return items
+
+    async def _items_beside(self, tenant: str, item_id: str) -> dict[str, Mapping[str, Any]]:
+        """All items of its response, by id."""
+        match = _ITEM_ID.fullmatch(item_id)
+        stored = await self.find(tenant, f"resp_{match[1]}" if match else "", "input")
+        items = {item["id"]: item for item in stored.response["output"]}
+        if item_id not in items:
+            raise not_found("input")
+        return items
+
+    async def conversation(self, tenant: str, body: ResponsesRequest, items: Items) -> Chat:
         """What was said so far, and the input.
 
         Raises:
@@ -82,7 +112,7 @@ class ResponseService:
             Refusal: 404.
             StoreUnavailable
         """
-        new = to_messages(body.items)
+        new = to_messages(items)
         if body.previous_response_id is None:
             return new
         param = "previous_response_id"

@@ -42,6 +42,12 @@ from tests.gateway.test_messages import events
 
 __all__ = ["another", "answer", "api", "app", "client", "make_service", "service", "settings"]
 
+ALLOWED = {
+    "type": "allowed_tools",
+    "mode": "auto",
+    "tools": [{"type": "function", "name": "x"}],
+}
+
 # ── answers ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -237,6 +243,62 @@ async def test_a_conversation_goes_on(
     assert len(backend.request.prompt_token_ids) > len(seen)
 
 
+async def test_items_of_earlier_responses(
+    client: httpx.AsyncClient, app: FastAPI, answer: Any, backend: FakeBackend
+) -> None:
+    answer(f"Look: {CALL}")
+    first = await created(client, tools=[TOOL])
+    result = {
+        "type": "function_call_output",
+        "call_id": first["output"][-1]["call_id"],
+        "output": "9",
+    }
+    question = {"role": "user", "content": "Hi"}
+    await created(client, input=[question, *first["output"], result])
+    seen = backend.request.prompt_token_ids
+    referred = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
+    body = {"input": [question, *referred, result], "store": False}
+    await created(client, **body)
+    assert backend.request.prompt_token_ids == seen
+    unknown = {"type": "item_reference", "id": first["output"][0]["id"] + "7"}
+    error = error_of(await client.post(URL, json=BODY | {"input": [unknown]}), 404)
+    assert (error["param"], error["code"]) == ("input", "response_not_found")
+    async with client_of(app, "bob") as other:
+        error_of(await other.post(URL, json=BODY | body), 404)
+
+
+@pytest.mark.parametrize("status", ["in_progress", "incomplete", "completed"])
+async def test_an_unfinished_message_is_continued(
+    client: httpx.AsyncClient, backend: FakeBackend, status: str
+) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel"}]
+    fields = {} if status == "completed" else {"continue_final_message": True}
+    if fields:
+        fields["add_generation_prompt"] = False
+    await client.post("/v1/chat/completions", json={"messages": messages, **fields})
+    expected = backend.request.prompt_token_ids
+    part = {"type": "output_text", "text": "Hel"}
+    begun = {"type": "message", "role": "assistant", "status": status, "content": [part]}
+    await created(client, input=[messages[0], begun])
+    assert backend.request.prompt_token_ids == expected
+
+
+async def test_some_tools_are_allowed(
+    client: httpx.AsyncClient, answer: Any, backend: FakeBackend
+) -> None:
+    answer(f'[{{"name": "weather", "parameters": {ARGUMENTS}}}]')
+    now = {"type": "function", "name": "now", "parameters": {"type": "object"}}
+    named = [{"type": "function", "name": "weather"}]
+    choice = {"type": "allowed_tools", "mode": "required", "tools": named}
+    response = await created(client, tools=[TOOL, now], tool_choice=choice)
+    assert response["tool_choice"] == choice
+    assert [item["name"] for item in response["output"]] == ["weather"]
+    spec = backend.request.sampling.structured_outputs
+    assert spec is not None
+    calls = json.loads(spec.text)["items"]["anyOf"]
+    assert [call["properties"]["name"]["const"] for call in calls] == ["weather"]
+
+
 @pytest.mark.parametrize("key", KEYS)
 async def test_stored_for_one_key(app: FastAPI, client: httpx.AsyncClient, key: str) -> None:
     response = await created(client)
@@ -330,7 +392,7 @@ async def test_without_redis(
         ({"input": [{"role": "user", "content": 3}]}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
+        ({"input": [{"type": "item_reference"}]}, "input"),
         ({"input": [{"type": "function_call", "call_id": "a", "name": "b"}]}, "input"),
         ({"input": "x " * 5000}, "input"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
@@ -346,6 +408,9 @@ async def test_without_redis(
         ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "x"}}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": ALLOWED | {"tools": []}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": ALLOWED | {"mode": "none"}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": ALLOWED}, "tool_choice"),
         ({"metadata": {"x": "y" * 513}}, "metadata"),
         ({"metadata": {str(key): "" for key in range(17)}}, "metadata"),
         ({"truncation": "some"}, "truncation"),

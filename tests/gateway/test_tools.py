@@ -23,6 +23,13 @@ TOOLS = [
 ]
 ARGUMENTS = '{"city": "Bern"}'
 CALL = f'<tool_call>{{"name": "weather", "arguments": {ARGUMENTS}}}</tool_call>'
+ALLOWED = {
+    "type": "allowed_tools",
+    "allowed_tools": {
+        "mode": "required",
+        "tools": [{"type": "function", "function": {"name": "weather"}}],
+    },
+}
 NAMED = {"type": "function", "function": {"name": "weather"}}
 
 
@@ -151,6 +158,24 @@ async def test_required_is_enforced(
     assert schema["items"]["anyOf"][0]["properties"]["parameters"] == SCHEMA
 
 
+@pytest.mark.parametrize("mode", ["auto", "required"])
+async def test_some_tools_are_allowed(
+    client: httpx.AsyncClient, backend: FakeBackend, answer: Any, mode: str
+) -> None:
+    answer("</think>" if mode == "auto" else "[]")
+    await whole(client, tools=TOOLS[:1], tool_choice=mode)
+    expected = backend.request
+    allowed = {"mode": mode, "tools": [NAMED]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    await whole(client, tools=TOOLS, tool_choice=choice)
+    assert backend.request.prompt_token_ids == expected.prompt_token_ids
+    found, wanted = (
+        request.sampling.structured_outputs for request in (backend.request, expected)
+    )
+    assert found == wanted
+    assert (found is not None) == (mode == "required")
+
+
 async def test_a_named_tool_is_enforced(
     client: httpx.AsyncClient, backend: FakeBackend, answer: Any
 ) -> None:
@@ -171,6 +196,8 @@ async def test_a_named_tool_is_enforced(
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice"),
         ({"tools": TOOLS[1:], "tool_choice": NAMED}, "tool_choice"),
+        ({"tools": TOOLS[1:], "tool_choice": ALLOWED}, "tool_choice"),
+        ({"tool_choice": ALLOWED}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
         ({"tools": [{"type": "plugin", "function": {"name": "a"}}]}, "tools"),
