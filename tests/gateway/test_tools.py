@@ -169,9 +169,7 @@ async def test_some_tools_are_allowed(
     choice = {"type": "allowed_tools", "allowed_tools": allowed}
     await whole(client, tools=TOOLS, tool_choice=choice)
     assert backend.request.prompt_token_ids == expected.prompt_token_ids
-    found, wanted = (
-        request.sampling.structured_outputs for request in (backend.request, expected)
-    )
+    found, wanted = (request.sampling.structured_outputs for request in (backend.request, expected))
     assert found == wanted
     assert (found is not None) == (mode == "required")
 
