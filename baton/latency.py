@@ -23,6 +23,9 @@ _REFIT_EVERY = 4  # observations between two fits
 _SWEEPS = 10  # of coordinate descent over five coefficients, from where they are
 _MIN_LINK_BYTES = 64 * 1024
 _PLAUSIBLE_MS = (1e-3, 1e7)  # a duration outside says that a clock is broken
+HALF_LIFE_MS = 30_000.0  # of what was learned, while nothing confirms it
+_MIN_EVIDENCE = 0.5  # that stays, in steps: more than the prior has
+_EARLY = 9.0  # steps of evidence up to which everything is news
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,18 @@ def _features(prefill: float, cached: float, decodes: float, context: float) -> 
     return [1.0, prefill, prefill * (cached + prefill / 2), decodes, context]
 
 
+def unseen_for(seen_at_ms: float, newest_ms: float) -> float:
+    """How long others of its kind were seen at work, the newest at `newest_ms`, and this one was
+    not. Rest ages nothing."""
+    return 0.0 if newest_ms == -math.inf else max(newest_ms - seen_at_ms, 0.0)
+
+
+def trust_in(unseen_ms: float) -> float:
+    """1 … 0: what is left of an estimate. Full for one half-life, so that what is used now and then
+    loses nothing."""
+    return float(0.5 ** max(unseen_ms / HALF_LIFE_MS - 1, 0.0))
+
+
 @dataclass(slots=True)
 class LatencyModel:
     """Of one worker. Fed with StepTiming, asked for predictions; all in ms, finite and never
@@ -51,6 +66,7 @@ class LatencyModel:
     prior: LatencyPrior = LatencyPrior()
     forgetting: float = 0.98  # weight of the past after one more step
     num_warmup: int = 3
+    evidence: float = 0.0  # in steps
     num_steps: int = 0
     num_prefill_steps: int = 0
     _gram: list[list[float]] = field(default_factory=list)
@@ -81,9 +97,19 @@ class LatencyModel:
             timing.context_tokens,
         )
         error = abs(self._dot(row) / timing.duration_ms - 1.0)
-        trusted = self.num_steps > self.num_warmup + 2 * NUM_FEATURES  # until then all is news
+        trusted = self.evidence > _EARLY
         weight = _HUBER / error if trusted and error > _HUBER else 1.0
         self._accumulate([x / timing.duration_ms for x in row], weight)
+
+    def age(self, unseen_ms: float) -> None:
+        """Nothing was observed for so long: what was before weighs less against what comes now."""
+        if unseen_ms <= 0 or self.evidence <= _MIN_EVIDENCE:
+            return
+        kept = max(0.5 ** (unseen_ms / HALF_LIFE_MS), _MIN_EVIDENCE / self.evidence)
+        self.evidence *= kept
+        for i in range(NUM_FEATURES):
+            self._gram[i] = [kept * x for x in self._gram[i]]
+            self._moment[i] *= kept
 
     def step_ms(self, timing: StepTiming) -> float:
         """Predicted duration of a step that does what `timing` says; its own is ignored."""
@@ -128,6 +154,7 @@ class LatencyModel:
                 gram[j] = self.forgetting * gram[j] + scaled * row[j]
             # Every duration is scaled to 1, so that the relative error is what is minimised.
             self._moment[i] = self.forgetting * self._moment[i] + scaled
+        self.evidence = self.forgetting * self.evidence + 1.0
         self._unfitted += 1
 
     def _fitted(self) -> Sequence[float]:
@@ -137,7 +164,7 @@ class LatencyModel:
         The prior enters as a ridge in each coefficient's own unit, so that what has not been
         exercised (decode on a prefill worker) stays at its prior instead of drifting.
         """
-        early = self.num_steps <= self.num_warmup + 2 * NUM_FEATURES
+        early = self.evidence <= _EARLY + 1
         if self._unfitted == 0 or (self._unfitted < _REFIT_EVERY and not early):
             return self._coefficients
         self._unfitted = 0
@@ -165,9 +192,11 @@ class LinkModel:
     in_flight_bytes: int = 0
     num_measured: int = 0
 
-    def transfer_ms(self, num_bytes: int) -> float:
-        """Time until that many bytes are there, behind those in flight."""
-        return self.overhead_ms + (self.in_flight_bytes + max(num_bytes, 0)) / self.bytes_per_ms
+    def transfer_ms(self, num_bytes: int, bytes_per_ms: float | None = None) -> float:
+        """Time until that many bytes are there, behind those in flight, at the measured rate or
+        another one."""
+        rate = bytes_per_ms or self.bytes_per_ms
+        return self.overhead_ms + (self.in_flight_bytes + max(num_bytes, 0)) / rate
 
     def backlog_ms(self) -> float:
         return self.in_flight_bytes / self.bytes_per_ms

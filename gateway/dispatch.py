@@ -210,7 +210,7 @@ class Dispatcher:
         if worker is None or worker.state is WorkerState.LOST:
             return
         before = (worker.free_blocks, -worker.num_sequences, worker.accepts, worker.role)
-        self.fleet.received(worker_id, batch)
+        self.fleet.received(worker_id, batch, now_ms)
         step_ms = 0.0 if batch.timing is None else batch.timing.duration_ms
         by_request: dict[str, list[int]] = {}
         for position, message in enumerate(batch.messages):

@@ -164,14 +164,14 @@ def gain_of(
 
 def _cost_ms(one: Running, source: Worker, target: Worker, fleet: Fleet) -> float:
     """The transfer, and a step of the target in which the rest is computed."""
-    link = fleet.link(source.worker_id, target.worker_id).model
     num_bytes = one.num_context_tokens * source.info.layout.token_bytes
     tails = one.need.num_choices * source.info.layout.block_size
     if one.need.num_choices > 1:
         tails += one.need.num_choices * one.need.num_output_tokens
     model = _model_of(target, source)
     stall_ms = model.prefill_ms(tails, one.need.prompt_len)
-    return link.transfer_ms(num_bytes) + (target.num_sequences + one.need.num_choices) * stall_ms
+    transfer_ms = fleet.transfer_ms(source.worker_id, target.worker_id, num_bytes)
+    return transfer_ms + (target.num_sequences + one.need.num_choices) * stall_ms
 
 
 def _model_of(target: Worker, source: Worker) -> LatencyModel:

@@ -7,6 +7,7 @@ request are under way is bounded, so that a large one leaves room for others in 
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -70,7 +71,7 @@ class PoolingFleet:
         member.probe = asyncio.create_task(self._prove(info, member))
 
     def received(self, worker_id: str, batch: StepBatch) -> None:
-        self._fleet.received(worker_id, batch)
+        self._fleet.received(worker_id, batch, time.monotonic() * 1e3)
 
     def lost(self, worker_id: str) -> None:
         """Its session is gone, and with it the calls."""

@@ -93,7 +93,7 @@ def _plan(
     config: PrefixConfig,
 ) -> PrefixPlan:
     num_bytes = (num_tokens - num_cached) * source.info.layout.token_bytes
-    fetch_ms = fleet.link(source.worker_id, target.worker_id).model.transfer_ms(num_bytes)
+    fetch_ms = fleet.transfer_ms(source.worker_id, target.worker_id, num_bytes)
     compute_ms = prefill_ms(target, fleet, prompt_len - num_cached, num_cached)
     compute_ms -= prefill_ms(target, fleet, prompt_len - num_tokens, num_tokens)
     deadline_ms = 0.0

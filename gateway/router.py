@@ -4,18 +4,21 @@ Everything is compared in predicted milliseconds (ARCHITECTURE §6). Remote: que
 what P has not cached + transfer of what D has not cached. Local: queue of D + prefill there. Prefix
 locality enters through the cached tokens and so competes with queues; it never filters. The part of
 a transfer that fits into one TPOT of the objective is free when remote and local are compared,
-because the client cannot see it.
+because the client cannot see it. Workers of a pool that were not seen at work for long are hoped to
+be fast (`baton.gateway.predictions`), so that nobody is left out for ever.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from baton.compat import pair_conflict
 from baton.errors import Cause
 from baton.gateway.backend import WorkerState
-from baton.gateway.predictions import prefill_ms, queue_ms
+from baton.gateway.predictions import Hope, prefill_ms, queue_ms
 from baton.gateway.prefix_plan import PrefixConfig, PrefixPlan, plan_prefix
 from baton.gateway.workers import Fleet, Worker, num_blocks
+from baton.latency import LatencyModel
 from baton.messages import PrefixSource
 
 _MAX_LINE = (
@@ -165,12 +168,17 @@ def pick_decode(
     roomy = [w for w in able if w.worker_id not in need.avoid and has_room(need, w)]
     if not roomy:
         return Refusal(Cause.NO_ROOM, "no decode worker has room")
-    scored = [(_decode_ms(need, source, w, fleet, config), -w.free_blocks, w) for w in roomy]
+    hope = Hope(
+        roomy,
+        lambda worker: worker.decoded_at_ms,
+        lambda model: model.decode_step_ms(need.num_choices, need.num_choices * need.context_len),
+    )
+    scored = [(_decode_ms(need, source, w, fleet, config, hope), -w.free_blocks, w) for w in roomy]
     _, _, chosen = min(scored, key=lambda entry: (entry[0], entry[1], entry[2].worker_id))
     num_bytes = transfer_bytes(need, source, chosen)
     link = fleet.link(source.worker_id, chosen.worker_id).model
-    step_ms = _step_with(need, chosen)
-    transfer_ms = 0.0 if source is chosen else link.transfer_ms(num_bytes)
+    step_ms = _step_with(need, chosen, chosen.latency)
+    transfer_ms = _transfer_ms(need, source, chosen, fleet)
     return DecodeDecision(
         chosen.worker_id,
         need.cached_on(chosen),
@@ -252,19 +260,25 @@ def _pairs(
     fleet: Fleet,
     config: RouterConfig,
 ) -> Iterator[RouteDecision]:
+    hope = Hope(
+        producers,
+        lambda worker: worker.prefilled_at_ms,
+        lambda model: model.prefill_ms(need.context_len),
+    )
     for source in producers:
         cached = need.cached_on(source)
         prefix = plan_prefix(need.hits, need.prompt_len, cached, source, fleet, config.prefixes)
         ttft = queue_ms(source, fleet)
         ttft += prefill_ms(source, fleet, need.prompt_len - cached, cached)
         ttft -= 0.0 if prefix is None else prefix.saved_ms
+        uncached = source.queued_tokens + need.prompt_len - cached
+        ttft = hope.hoped_ms(source, ttft, partial(_prefill_ms, uncached, cached))
         for target in consumers:
             if target is source or need.bound_on(target) > target.info.num_blocks:
                 continue
             if pair_conflict(source.info, target.info) is not None:
                 continue
-            link = fleet.link(source.worker_id, target.worker_id).model
-            transfer = link.transfer_ms(transfer_bytes(need, source, target))
+            transfer = _transfer_ms(need, source, target, fleet)
             yield RouteDecision(
                 remote=True,
                 worker_id=source.worker_id,
@@ -321,16 +335,26 @@ def _worth_it(
 
 
 def _decode_ms(
-    need: Need, source: Worker, worker: Worker, fleet: Fleet, config: RouterConfig
+    need: Need, source: Worker, worker: Worker, fleet: Fleet, config: RouterConfig, hope: Hope
 ) -> float:
-    link = fleet.link(source.worker_id, worker.worker_id).model
     num_steps = min(need.max_new_tokens, config.decode_horizon_tokens)
-    num_bytes = transfer_bytes(need, source, worker)
-    transfer = link.transfer_ms(num_bytes) if source.worker_id != worker.worker_id else 0.0
-    return _step_with(need, worker) * num_steps + transfer
+    step = partial(_step_with, need, worker)
+    step_ms = hope.hoped_ms(worker, step(worker.latency), step)
+    return step_ms * num_steps + _transfer_ms(need, source, worker, fleet)
 
 
-def _step_with(need: Need, worker: Worker) -> float:
+def _step_with(need: Need, worker: Worker, model: LatencyModel) -> float:
     """A decode step there with this request on board."""
     context = worker.snapshot.context_tokens + need.num_choices * need.context_len
-    return worker.latency.decode_step_ms(worker.num_sequences + need.num_choices, context)
+    return model.decode_step_ms(worker.num_sequences + need.num_choices, context)
+
+
+def _transfer_ms(need: Need, source: Worker, target: Worker, fleet: Fleet) -> float:
+    if source.worker_id == target.worker_id:
+        return 0.0
+    num_bytes = transfer_bytes(need, source, target)
+    return fleet.transfer_ms(source.worker_id, target.worker_id, num_bytes)
+
+
+def _prefill_ms(num_uncached: int, num_cached: int, model: LatencyModel) -> float:
+    return model.prefill_ms(num_uncached, num_cached)

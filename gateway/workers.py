@@ -5,10 +5,11 @@ it than the session's messages."""
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import inf
 
 from baton.errors import Cause
 from baton.gateway.backend import ClusterView, LinkView, Moved, WorkerState, WorkerView
-from baton.latency import LatencyModel, LinkModel
+from baton.latency import LatencyModel, LinkModel, trust_in, unseen_for
 from baton.messages import (
     Abort,
     Admitted,
@@ -23,7 +24,7 @@ from baton.messages import (
     StepBatch,
     Submit,
 )
-from baton.types import LegId, Role, TransferStats, WorkerInfo, WorkerSnapshot
+from baton.types import LegId, Role, StepTiming, TransferStats, WorkerInfo, WorkerSnapshot
 
 STUCK_MS = 10_000.0  # a step older than this and than five predictions is a stuck loop
 
@@ -40,6 +41,8 @@ class Worker:
     snapshot: WorkerSnapshot
     state: WorkerState = WorkerState.UP
     latency: LatencyModel = field(default_factory=LatencyModel)
+    prefilled_at_ms: float = -inf  # when it was last seen to prefill, and to decode
+    decoded_at_ms: float = -inf
     pending_tokens: dict[LegId, int] = field(default_factory=dict)  # submitted, not yet answered
     pending_blocks: dict[LegId, int] = field(default_factory=dict)  # bound, not yet answered
 
@@ -69,6 +72,18 @@ class Worker:
     @property
     def queued_tokens(self) -> int:
         return self.snapshot.queued_prefill_tokens + sum(self.pending_tokens.values())
+
+    @property
+    def is_at_work(self) -> bool:
+        return self.num_sequences > 0 or self.queued_tokens > 0
+
+    def stepped(self, timing: StepTiming, now_ms: float) -> None:
+        self.latency.age(now_ms - max(self.prefilled_at_ms, self.decoded_at_ms))
+        self.latency.observe(timing)
+        if timing.num_prefill_tokens:
+            self.prefilled_at_ms = now_ms
+        if timing.num_decodes:
+            self.decoded_at_ms = now_ms
 
     def is_stuck(self) -> bool:
         """Heartbeats come, steps do not (liveness is not progress). A pooling worker, whose steps
@@ -104,9 +119,17 @@ class Link:
     source: str
     target: str
     model: LinkModel = field(default_factory=LinkModel)
+    measured_at_ms: float = -inf
+    class_bytes_per_ms: float = 0.0  # of links like it; 0 = nobody knows
     transport: str = ""
     moved: dict[str, Moved] = field(default_factory=dict)
     failures: Counter[Cause] = field(default_factory=Counter)
+
+    def learn(self, stats: TransferStats, now_ms: float) -> None:
+        num_measured = self.model.num_measured
+        self.model.learn(stats)
+        if self.model.num_measured > num_measured:
+            self.measured_at_ms = now_ms
 
     def count(self, stats: TransferStats) -> None:
         self.transport = stats.transport
@@ -141,6 +164,7 @@ class Fleet:
         self._links: dict[tuple[str, str], Link] = {}
         # Transfers under way: leg on D → (link, bytes that the link was told to expect).
         self._transfers: dict[LegId, tuple[Link, int]] = {}
+        self._link_measured_at_ms = -inf  # any of them
 
     def __iter__(self) -> Iterator[Worker]:
         """In the order of their ids, so that ties are broken the same way everywhere."""
@@ -156,6 +180,16 @@ class Fleet:
             self._inherit(link)
         return link
 
+    def transfer_ms(self, source: str, target: str, num_bytes: int) -> float:
+        """Predicted time until that many bytes are there, behind those in flight. A slow link of
+        which nothing was seen for long, while others were used, is taken to be like its class."""
+        link = self.link(source, target)
+        unseen_ms = unseen_for(link.measured_at_ms, self._link_measured_at_ms)
+        rate, usual = link.model.bytes_per_ms, link.class_bytes_per_ms
+        if usual > rate:
+            rate = usual + (rate - usual) * trust_in(unseen_ms)
+        return link.model.transfer_ms(num_bytes, rate)
+
     def joined(self, info: WorkerInfo) -> Worker:
         """A session said Hello. What was learned of the same incarnation is kept."""
         known = self._workers.get(info.worker_id)
@@ -165,6 +199,8 @@ class Fleet:
         worker = Worker(info, snapshot)
         if known is not None and known.info.incarnation == info.incarnation:
             worker.latency = known.latency
+            worker.prefilled_at_ms = known.prefilled_at_ms
+            worker.decoded_at_ms = known.decoded_at_ms
         self._workers[info.worker_id] = worker
         return worker
 
@@ -215,7 +251,11 @@ class Fleet:
         self._transfers[leg] = (link, num_bytes)
 
     def transfer_ended(
-        self, leg: LegId, stats: TransferStats | None, failure: Cause | None = None
+        self,
+        leg: LegId,
+        stats: TransferStats | None,
+        failure: Cause | None = None,
+        now_ms: float = -inf,
     ) -> None:
         """Take a transfer off its link's queue and learn from it."""
         link, num_bytes = self._transfers.pop(leg, (None, 0))
@@ -225,10 +265,11 @@ class Fleet:
         if failure is not None:
             link.failures[failure] += 1
         if stats is not None:
-            link.model.learn(stats)
+            link.learn(stats, now_ms)
             link.count(stats)
+            self._link_measured_at_ms = max(self._link_measured_at_ms, link.measured_at_ms)
 
-    def received(self, worker_id: str, batch: StepBatch) -> None:
+    def received(self, worker_id: str, batch: StepBatch, now_ms: float) -> None:
         """Apply a batch's snapshot and timing, and stop counting what it answers."""
         worker = self._workers.get(worker_id)
         if worker is None:
@@ -238,22 +279,23 @@ class Fleet:
         if is_news:
             self._learn_rates(worker)
         if batch.timing is not None:
-            worker.latency.observe(batch.timing)
+            worker.stepped(batch.timing, now_ms)
         if worker.state in {WorkerState.UP, WorkerState.STUCK}:
             worker.state = WorkerState.STUCK if worker.is_stuck() else WorkerState.UP
         for message in batch.messages:
-            self._answered(worker, message)
+            self._answered(worker, message, now_ms)
 
     def _learn_rates(self, target: Worker) -> None:
-        """Links to it that nothing has come over yet."""
+        """Of links to it."""
         for source in self._workers:
             link = self._links.get((source, target.worker_id))
-            if link is not None and not link.model.num_measured:
+            if link is not None:
                 self._inherit(link)
 
     def _inherit(self, link: Link) -> None:
-        """A link is taken to be as fast as its class, in the eyes of its target or else of others:
-        the first transport that both ends have and of which somebody knows something."""
+        """A link that nothing has come over yet is taken to be as fast as its class, in the eyes of
+        its target or else of others: the first transport that both ends have and of which somebody
+        knows something."""
         source, target = self._workers.get(link.source), self._workers.get(link.target)
         if source is None or target is None:
             return
@@ -267,21 +309,23 @@ class Fleet:
             }
             for address in target.info.transports:  # in its order of preference
                 if address.name in rates:
-                    link.model.bytes_per_ms = max(rates[address.name] / 1e3, 1.0)
+                    link.class_bytes_per_ms = max(rates[address.name] / 1e3, 1.0)
+                    if not link.model.num_measured:
+                        link.model.bytes_per_ms = link.class_bytes_per_ms
                     return
 
-    def _answered(self, worker: Worker, message: LegMessage) -> None:
+    def _answered(self, worker: Worker, message: LegMessage, now_ms: float) -> None:
         leg = message.leg
         worker.pending_tokens.pop(leg, None)
         worker.pending_blocks.pop(leg, None)
         match message:
             case Imported(_, stats):
-                self.transfer_ended(leg, stats)
+                self.transfer_ended(leg, stats, now_ms=now_ms)
             case Admitted(_, _, _, prefix):
                 if prefix is None:
                     self.transfer_ended(leg, None)
                 else:
-                    self.transfer_ended(leg, prefix.stats, prefix.cause)
+                    self.transfer_ended(leg, prefix.stats, prefix.cause, now_ms)
             case KvFailed(_, _, cause):
                 self.transfer_ended(leg, None, cause)
             case NoRoom() | Failed():

@@ -55,7 +55,7 @@ class Board:
                 total_blocks=4096,
                 draining=worker.worker_id == self.draining,
             )
-            self.fleet.received(worker.worker_id, StepBatch((), snapshot))
+            self.fleet.received(worker.worker_id, StepBatch((), snapshot), 0.0)
 
     def load(self) -> float:
         return sum(
@@ -100,7 +100,7 @@ def test_nobody_leaves(why: str) -> None:
 def test_not_where_there_is_no_room() -> None:
     board = Board([one("a", "d1")], "d1", "d2", draining="d1")
     full = WorkerSnapshot(Role.DECODE, free_blocks=3, total_blocks=4096)
-    board.fleet.received("d2", StepBatch((), full))
+    board.fleet.received("d2", StepBatch((), full), 0.0)
     assert board.leaving() == []
 
 

@@ -54,7 +54,7 @@ def test_submitted_tokens_count_until_answered(
     of = fleet()
     of.sent("p", kind(LEG, request(40)))
     assert worker(of, "p").queued_tokens == 40
-    of.received("p", StepBatch((answer,), IDLE))
+    of.received("p", StepBatch((answer,), IDLE), 0.0)
     assert worker(of, "p").queued_tokens == 0
 
 
@@ -63,7 +63,7 @@ def test_bound_blocks_and_sequences_count_until_answered() -> None:
     of.sent("d", bind())
     assert worker(of, "d").free_blocks == 64 - 3 - 2
     assert worker(of, "d").num_sequences == 1
-    of.received("d", StepBatch((Bound(LEG, 0),), IDLE))
+    of.received("d", StepBatch((Bound(LEG, 0),), IDLE), 0.0)
     assert worker(of, "d").free_blocks == 64
 
 
@@ -93,7 +93,7 @@ def test_a_transfer_is_in_flight_until_it_ends(
     of = fleet()
     of.transfer_started(LEG, "p", "d", 1000)
     assert of.link("p", "d").model.in_flight_bytes == 1000
-    of.received("d", StepBatch((answer,), IDLE))
+    of.received("d", StepBatch((answer,), IDLE), 0.0)
     assert of.link("p", "d").model.in_flight_bytes == 0
     views = of.view().links
     assert len(views) == num_transfers + num_failures
@@ -122,7 +122,7 @@ def test_a_lost_worker_holds_nothing_and_can_be_forgotten() -> None:
 def test_what_was_learned_survives_a_lost_connection_but_not_a_restart() -> None:
     of = fleet()
     timing = StepTiming(100, 0, 0, 0, 10.0)
-    of.received("p", StepBatch((), IDLE, timing))
+    of.received("p", StepBatch((), IDLE, timing), 0.0)
     of.lost("p")
     of.joined(P)
     assert worker(of, "p").latency.num_steps == 1
@@ -137,24 +137,24 @@ def test_what_was_learned_survives_a_lost_connection_but_not_a_restart() -> None
 def test_progress_is_not_liveness(age_ms: float, queued_tokens: int, is_stuck: bool) -> None:
     of = fleet()
     snapshot = replace(IDLE, step_age_ms=age_ms, queued_prefill_tokens=queued_tokens)
-    of.received("d", StepBatch((), snapshot))
+    of.received("d", StepBatch((), snapshot), 0.0)
     assert (worker(of, "d").state is WorkerState.STUCK) == is_stuck
-    of.received("d", StepBatch((), IDLE))
+    of.received("d", StepBatch((), IDLE), 0.0)
     assert worker(of, "d").state is WorkerState.UP
 
 
 def test_a_slow_step_is_not_a_stuck_one() -> None:
     of = fleet()
     for _ in range(20):
-        of.received("p", StepBatch((), IDLE, StepTiming(512, 0, 0, 0, 4_000.0)))
+        of.received("p", StepBatch((), IDLE, StepTiming(512, 0, 0, 0, 4_000.0)), 0.0)
     busy = replace(IDLE, step_age_ms=15_000, queued_prefill_tokens=512)
-    of.received("p", StepBatch((), busy))
+    of.received("p", StepBatch((), busy), 0.0)
     assert worker(of, "p").state is WorkerState.UP
 
 
 def test_draining_is_shown() -> None:
     of = fleet()
-    of.received("d", StepBatch((), replace(IDLE, draining=True)))
+    of.received("d", StepBatch((), replace(IDLE, draining=True)), 0.0)
     assert not worker(of, "d").accepts
     assert worker(of, "d").view().state is WorkerState.DRAINING
 
@@ -166,14 +166,14 @@ def rates(*known: tuple[str, bool, float]) -> WorkerSnapshot:
 def test_a_link_without_traffic_is_as_fast_as_the_worker_says_of_its_class() -> None:
     of = fleet()
     known = rates(("grpc", True, 123e6), ("grpc", False, 456e6), ("ucx", True, 789e6))
-    of.received("d", StepBatch((), known))
+    of.received("d", StepBatch((), known), 0.0)
     is_same_host = P.host_id == D.host_id
     expected = 123e3 if is_same_host else 456e3
     assert of.link("p", "d").model.bytes_per_ms == expected  # both have grpc alone
     assert of.link("d", "p").model.bytes_per_ms == expected, "p says nothing, d does"
-    of.received("d", StepBatch((), rates(("grpc", is_same_host, 99e6))))
+    of.received("d", StepBatch((), rates(("grpc", is_same_host, 99e6))), 0.0)
     assert of.link("p", "d").model.bytes_per_ms == 99e3
     of.transfer_started(LEG, "p", "d", 1 << 20)
     of.transfer_ended(LEG, TransferStats("grpc", 1 << 20, 1, 16, 1.0))
-    of.received("d", StepBatch((), known))
+    of.received("d", StepBatch((), known), 0.0)
     assert of.link("p", "d").model.bytes_per_ms == 1 << 20, "what was measured counts"

@@ -142,6 +142,7 @@ class SimWorker(Node):
         self._model = model
         self._num_keys = 0
         self._num_starts = 0
+        self.slowness = 1.0  # its steps take so many times longer
 
     # ── life ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -320,6 +321,7 @@ class SimWorker(Node):
         if output is not None and output.timing is not None:
             timing = output.timing
             duration_ms = 1.0 + 0.1 * timing.num_prefill_tokens + 0.3 * timing.num_decodes
+            duration_ms *= self.slowness
             output = replace(output, timing=replace(timing, duration_ms=duration_ms))
             for layer in range(NUM_LAYERS) if self._marks else ():
                 at_ms = duration_ms * (layer + 1) / (NUM_LAYERS + 1)
