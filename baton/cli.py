@@ -26,7 +26,7 @@ from baton.config import (
     load_config,
     settings_of,
 )
-from baton.errors import BatonError
+from baton.errors import BatonError, InvalidRequest
 from baton.settings import LogSettings
 from baton.telemetry import setup_logging
 
@@ -80,7 +80,7 @@ def _run(run: Callable[[Config], int], config: Config) -> int:
         return run(config)
     except BatonError as error:
         log.error("%s", error.message)
-        return 1
+        return 2 if isinstance(error, InvalidRequest) else 1
     except KeyboardInterrupt:
         return 130
 

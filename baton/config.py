@@ -7,13 +7,15 @@ same fields:
 `ConfigError` of one line.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from baton.settings import (
     ClusterSettings,
@@ -101,7 +103,7 @@ def load_config(
     known = {setting.name: setting for setting in settings_of(config)}
     for name in env:
         if name.startswith(ENV_PREFIX) and name not in _ALL_ENV:
-            raise ConfigError(f"the environment: unknown setting {name}")
+            raise ConfigError(f"the environment: unknown setting {name}{_meant(name, _ALL_ENV)}")
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
     sources = (
@@ -113,7 +115,7 @@ def load_config(
     for source, values in sources:
         for name, value in values.items():
             if name not in known:
-                raise ConfigError(f"{source}: unknown setting '{name}'")
+                raise ConfigError(f"{source}: unknown setting '{name}'{_meant(name, known)}")
             merged[name] = value
             origin[name] = source
     try:
@@ -123,7 +125,18 @@ def load_config(
         name = str(first["loc"][0])
         where = origin.get(name, "the defaults")
         flag = "--" + name.replace("_", "-")
-        raise ConfigError(f"{flag} ({where}): {first['msg'].lower()}") from None
+        raise ConfigError(f"{flag} ({where}): {_problem(first)}") from None
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    close = get_close_matches(name, known, n=1, cutoff=0.75)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _problem(error: ErrorDetails) -> str:
+    """pydantic's words, or those of a validator of ours."""
+    ours = error.get("ctx", {}).get("error")
+    return str(ours) if ours else error["msg"][:1].lower() + error["msg"][1:]
 
 
 def _read_yaml(path: str | None) -> dict[str, Any]:
@@ -134,7 +147,10 @@ def _read_yaml(path: str | None) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"--config: cannot read {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config: {path} is not YAML: {str(error).splitlines()[0]}") from None
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"--config: {path}{where} is not YAML: {problem}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"--config: {path} must hold `setting: value` pairs")
     return {str(key).replace("-", "_"): value for key, value in data.items()}

@@ -1,33 +1,33 @@
 """`baton serve`: a whole fleet on this host, under one supervisor.
 
 Order of start: Redis, workers and gateway side by side. Order of stop: gateway (it drains its
-streams while the workers still serve them), workers, Redis.
+streams while the workers still serve them), workers, Redis. A process whose settings cannot work
+ends the fleet while it starts; once the fleet is up, whatever dies is started again.
 """
 
 import asyncio
 import json
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import urllib.error
 import urllib.request
-from pathlib import Path
 from typing import Any
 
 from baton.config import ServeConfig, to_env
 from baton.engine.pooling_config import is_pooling
+from baton.errors import InvalidRequest
 from baton.gpus import assign_gpus, visible_gpus
-from baton.redis_server import redis_command, redis_url
-from baton.supervisor import ChildSpec, Supervisor
+from baton.redis_server import RedisFolder, redis_command, redis_url
+from baton.supervisor import BAD_SETTINGS, ChildSpec, Supervisor
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.25
 GRACE_S = 5.0
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # how this host reaches "everywhere"
 # An idle OpenMP thread must sleep, not spin: an idle fleet costs next to nothing.
 _OWN_SETTINGS = {"BATON_PREFILL_WORKERS", "BATON_DECODE_WORKERS", "BATON_POOLING_WORKERS"}
 _PASSIVE_WAIT = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
@@ -40,25 +40,30 @@ class Fleet:
         """
         Args:
             is_pooling: the model embeds or scores: it has pooling workers and no others.
+
+        Raises:
+            InvalidRequest: there are to be no workers, or the port is taken.
         """
         self.config = config
         self.is_pooling = is_pooling
-        self.supervisor = Supervisor()
-        self.directory = Path(tempfile.mkdtemp(prefix="baton-"))
-        self.port = config.port or _free_port(config.host)
-        self.redis_url = config.redis_url or redis_url(self.directory)
+        self.is_up = False  # set by `announce`
+        self.stopping = asyncio.Event()
+        self.supervisor = Supervisor(self._may_restart)
         self.worker_names = _worker_names(config, is_pooling)
+        self.port = _port(config.host, config.port)
+        self._folder = RedisFolder()
+        self.redis_url = config.redis_url or redis_url(self._folder.path)
         gpus = [] if config.device == "cpu" else visible_gpus(os.environ)
         self._gpu_env = assign_gpus(self.worker_names, gpus, config.gpu_memory_utilization)
 
     @property
     def base_url(self) -> str:
-        host = "127.0.0.1" if self.config.host == "0.0.0.0" else self.config.host
-        return f"http://{host}:{self.port}"
+        host = _LOOPBACK.get(self.config.host, self.config.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     def start(self) -> None:
         if self.config.redis_url is None:
-            command = redis_command(self.directory)
+            command = redis_command(self._folder.path)
             self.supervisor.start(ChildSpec("redis", command, dict(os.environ), GRACE_S))
         for name in self.worker_names:
             self.supervisor.start(self._worker(name))
@@ -88,6 +93,13 @@ class Fleet:
         own |= {"BATON_REDIS_URL": self.redis_url, "BATON_PRINT_CONFIG": "false"}
         return env | own | {"PYTHONSAFEPATH": "1"}
 
+    def _may_restart(self, name: str, status: int) -> bool:
+        if self.is_up or status != BAD_SETTINGS:
+            return True
+        log.error("%s cannot start like this; stopping", name)
+        self.stopping.set()
+        return False
+
     async def stop(self) -> None:
         for names in (("gateway",), tuple(self.worker_names), ("redis",)):
             present = [name for name in names if name in self.supervisor.children]
@@ -95,7 +107,7 @@ class Fleet:
                 await self.supervisor.stop(*present)
 
     def clean(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self._folder.remove()
 
     def get(self, path: str) -> Any | None:
         """JSON from the gateway; None while it does not answer 200."""
@@ -112,17 +124,25 @@ class Fleet:
 
 def _worker_names(config: ServeConfig, is_pooling: bool) -> list[str]:
     if is_pooling:
-        return [f"pooling-{i}" for i in range(config.pooling_workers)]
-    return [
-        *(f"prefill-{i}" for i in range(config.prefill_workers)),
-        *(f"decode-{i}" for i in range(config.decode_workers)),
-    ]
+        flags, names = "--pooling-workers", [f"pooling-{i}" for i in range(config.pooling_workers)]
+    else:
+        flags = "--prefill-workers, --decode-workers"
+        names = [f"prefill-{i}" for i in range(config.prefill_workers)]
+        names += [f"decode-{i}" for i in range(config.decode_workers)]
+    if not names:
+        raise InvalidRequest(f"nothing to serve with: 0 for {flags}", flags)
+    return names
 
 
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+def _port(host: str, port: int) -> int:
+    """`port` if it can be listened on, any free one if it is 0."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.create_server((host, port), family=family) as probe:
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (while")[0]
+        raise InvalidRequest(f"cannot listen on {host}:{port}: {reason}", "port") from error
 
 
 def _num_cores() -> int:
@@ -130,39 +150,41 @@ def _num_cores() -> int:
 
 
 async def serve(config: ServeConfig) -> int:
-    """Run the fleet until a signal; returns the exit status. A second signal kills at once."""
+    """Run the fleet until a signal; returns the exit status. A second signal kills at once.
+
+    Raises:
+        InvalidRequest: it cannot be started with these settings.
+    """
     source, revision = config.model_source, config.revision
     pools = await asyncio.to_thread(is_pooling, source, revision, config.runner)
     fleet = Fleet(config, is_pooling=pools)
-    if not fleet.worker_names:
-        names = "--pooling-workers" if fleet.is_pooling else "--prefill-workers, --decode-workers"
-        log.error("nothing to serve with: 0 for %s", names)
-        return 2
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
+    is_told = False
 
     def on_signal() -> None:
-        if stopping.is_set():
+        nonlocal is_told
+        if fleet.stopping.is_set():
             fleet.supervisor.kill_all()
         else:
             log.info("draining; press Ctrl-C again to stop at once")
-            stopping.set()
+            is_told = True
+            fleet.stopping.set()
 
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
     try:
         fleet.start()
-        announced = asyncio.create_task(_announce(fleet))
-        await stopping.wait()
+        announced = asyncio.create_task(announce(fleet))
+        await fleet.stopping.wait()
         announced.cancel()
         await fleet.stop()
     finally:
         fleet.supervisor.kill_all()
         fleet.clean()
-    return 0
+    return 0 if is_told else BAD_SETTINGS
 
 
-async def _announce(fleet: Fleet) -> None:
+async def announce(fleet: Fleet) -> None:
     """Once everybody is there and a route is proven: one table and a command to paste."""
     cluster: dict[str, Any] = {}
     while not _is_complete(fleet, cluster):
@@ -170,6 +192,7 @@ async def _announce(fleet: Fleet) -> None:
         answer = await asyncio.to_thread(fleet.get, "/v1/cluster")
         cluster = answer or {}
     models = await asyncio.to_thread(fleet.get, "/v1/models")
+    fleet.is_up = True
     print(render_table(fleet, cluster), flush=True)
     print(render_curl(fleet, models or {}), flush=True)
 

@@ -1,12 +1,19 @@
 """A private Redis for one host: on a unix socket, nothing on disk, gone with its owner."""
 
+import fcntl
 import importlib
+import os
 import shutil
+import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from baton.errors import BatonError, Cause
 
 _NAMES = ("redis-server", "valkey-server")
+_PREFIX = "baton-serve-"
+_OWNER = "owner"  # a file that the owner of the folder keeps locked
 
 
 def find_redis_binary() -> str:
@@ -49,3 +56,29 @@ def redis_command(directory: Path) -> list[str]:
 
 def redis_url(directory: Path) -> str:
     return f"unix://{directory / 'redis.sock'}"
+
+
+class RedisFolder:
+    """Where a private Redis has its socket and log, for as long as this process lives."""
+
+    def __init__(self) -> None:
+        """Makes it, and removes those of owners that were killed."""
+        _remove_dead()
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self._lock = (self.path / _OWNER).open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def remove(self) -> None:
+        self._lock.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _remove_dead() -> None:
+    for folder in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
+        with suppress(OSError):  # somebody has it
+            stat = folder.stat()
+            is_new = time.time() - stat.st_mtime < 60  # perhaps one that is being made
+            if stat.st_uid == os.getuid() and not is_new:
+                with (folder / _OWNER).open("a") as owner:
+                    fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder)

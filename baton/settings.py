@@ -4,27 +4,24 @@ Names and meanings are vLLM's where vLLM has them.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
-_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) ?(?P<unit>[kmg]i?|)b?")
 
 
 def _parse_size(value: object) -> object:
-    """'512MiB', '2g' or a plain number → bytes; anything else is left for pydantic to refuse."""
+    """'512MiB', '2g' or a plain number → bytes; pydantic refuses what is no string either."""
     if not isinstance(value, str):
         return value
-    text = value.strip().lower().removesuffix("b")
-    for unit in sorted(_UNITS, key=len, reverse=True):
-        number = text.removesuffix(unit)
-        if number != text:
-            try:
-                return int(float(number) * _UNITS[unit])
-            except ValueError:
-                return value
-    return text
+    match = _SIZE.fullmatch(value.strip().lower())
+    if match is None:
+        raise ValueError("must be a number of bytes, e.g. 512MiB or 2g")
+    return int(float(match["number"]) * _UNITS[match["unit"]])
 
 
 def _split_list(value: object) -> object:

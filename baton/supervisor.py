@@ -18,6 +18,9 @@ _PR_SET_PDEATHSIG = 1
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 30.0
 STABLE_S = 30.0  # a child that lived this long starts over with the first back-off
+BAD_SETTINGS = 2  # exit status of a process of ours that its settings keep from starting
+
+MayRestart = Callable[[str, int], bool]  # name and exit status of a child that ended by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +45,9 @@ def _bind_to_parent() -> Callable[[], None]:
 class Child:
     """One supervised process; owned by `Supervisor`."""
 
-    def __init__(self, spec: ChildSpec) -> None:
+    def __init__(self, spec: ChildSpec, may_restart: MayRestart) -> None:
         self.spec = spec
+        self._may_restart = may_restart
         self.process: asyncio.subprocess.Process | None = None
         self.num_restarts = 0
         self._backoff_s = FIRST_BACKOFF_S
@@ -68,6 +72,8 @@ class Child:
                 preexec_fn=bind,
             )
             code = await self.process.wait()
+            if not self._may_restart(self.spec.name, code):
+                return
             if time.monotonic() - started > STABLE_S:
                 self._backoff_s = FIRST_BACKOFF_S
             log.warning("%s %s; restarting in %.1f s", self.spec.name, _how(code), self._backoff_s)
@@ -103,21 +109,24 @@ def _how(code: int) -> str:
 
 
 class Supervisor:
-    """Starts children in order, stops them in the reverse order of their groups."""
+    """Starts children in order, stops those that it is told to, side by side."""
 
-    def __init__(self) -> None:
+    def __init__(self, may_restart: MayRestart = lambda _name, _status: True) -> None:
         self.children: dict[str, Child] = {}
+        self._may_restart = may_restart
 
     def start(self, spec: ChildSpec) -> Child:
-        child = Child(spec)
+        child = Child(spec, self._may_restart)
         self.children[spec.name] = child
         child.start()
         return child
 
     async def stop(self, *names: str) -> None:
         """Stop these children side by side; all that are left when none is named."""
-        chosen = [self.children.pop(name) for name in names or tuple(self.children)]
-        await asyncio.gather(*(child.stop() for child in chosen))
+        chosen = names or tuple(self.children)
+        await asyncio.gather(*(self.children[name].stop() for name in chosen))
+        for name in chosen:  # only now: `kill_all` also ends what drains
+            del self.children[name]
 
     def kill_all(self) -> None:
         for child in self.children.values():

@@ -51,7 +51,7 @@ def run(config: GatewayConfig) -> int:
         listener = listen(config.host, config.port, config.slow_client_timeout_s)
     except (ValueError, OSError) as error:
         log.error("%s", error)
-        return 1
+        return 2
     with listener:
         return asyncio.run(serve(config, tokenizer, defaults, listener))
 

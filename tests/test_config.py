@@ -33,9 +33,13 @@ def test_precedence_is_defaults_yaml_environment_flags(tmp_path: Path) -> None:
         ({}, {"BATON_NO_SUCH": "1"}, "", "unknown setting BATON_NO_SUCH"),
         ({}, {}, "colour: red", "unknown setting 'colour'"),
         ({}, {}, "- a\n- b", "must hold"),
-        ({}, {}, "a: [", "is not YAML"),
+        ({}, {"BATON_MAX_NUM_SEQ": "1"}, "", "did you mean BATON_MAX_NUM_SEQS?"),
+        ({}, {}, "prefill-worker: 2", "did you mean prefill_workers?"),
+        ({}, {}, "seed: 1\na: [", "c.yaml, line 2 is not YAML: "),
         ({"dtype": "int7"}, {}, "", "--dtype"),
-        ({"kv_cache_memory_bytes": "2 parsecs"}, {}, "", "--kv-cache-memory-bytes"),
+        ({"kv_cache_memory_bytes": "2 parsecs"}, {}, "", "must be a number of bytes, e.g. 512MiB"),
+        ({"kv_cache_memory_bytes": "-1g"}, {}, "", "must be a number of bytes"),
+        ({"hf_overrides": "[1]"}, {}, "", "--hf-overrides (the command line): must be a JSON obj"),
     ],
 )
 def test_a_bad_setting_is_one_line_that_names_it(

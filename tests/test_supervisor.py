@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from baton.supervisor import ChildSpec, Supervisor
+from baton.supervisor import BAD_SETTINGS, ChildSpec, Supervisor
 
 
 def _spec(name: str, code: str, stop_s: float = 5.0) -> ChildSpec:
@@ -48,6 +48,40 @@ async def test_stop_drains_then_kills(tmp_path: Path, until) -> None:
     await supervisor.stop()
     assert drained.exists()
     assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+async def test_who_owns_it_decides_whether_a_child_that_ended_is_restarted(until) -> None:
+    asked = []
+
+    def may_restart(name: str, status: int) -> bool:
+        asked.append((name, status))
+        return False
+
+    supervisor = Supervisor(may_restart)
+    child = supervisor.start(_spec("worker", f"raise SystemExit({BAD_SETTINGS})"))
+    await until(lambda: asked)
+    await asyncio.sleep(0)
+    assert asked == [("worker", BAD_SETTINGS)]
+    assert child.pid is None
+    assert child.num_restarts == 0
+    await supervisor.stop()
+
+
+async def test_kill_all_also_ends_what_drains(until) -> None:
+    stubborn = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "print('up', flush=True); time.sleep(60)"
+    )
+    supervisor = Supervisor()
+    child = supervisor.start(_spec("stubborn", stubborn, stop_s=60))
+    await until(lambda: child.pid)
+    await asyncio.sleep(0.5)  # until it ignores SIGTERM
+    stopping = asyncio.create_task(supervisor.stop("stubborn"))
+    await asyncio.sleep(0.05)
+    assert not stopping.done()
+    supervisor.kill_all()
+    async with asyncio.timeout(20):
+        await stopping
 
 
 async def test_children_die_with_the_supervisor(tmp_path: Path, until) -> None:

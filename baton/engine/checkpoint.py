@@ -34,6 +34,8 @@ def resolve_checkpoint(model: str, revision: str | None, *, weights: bool) -> Pa
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if path.exists() or model.startswith(("/", ".", "~")):
+        raise InvalidRequest(f"{model} is not a directory", "model")
     patterns = _CONFIG_FILES + (_WEIGHT_FILES if weights else [])
     try:
         found = snapshot_download(

@@ -109,7 +109,8 @@ def num_kv_blocks(
         num_blocks = min(pool // block_bytes, config.max_num_seqs * blocks_per_seq)
     if num_blocks < 1:
         raise InvalidRequest(
-            f"no room for a KV block of {block_bytes} bytes", "kv_cache_memory_bytes"
+            f"no room for a KV block of {block_bytes} bytes: raise kv_cache_memory_bytes",
+            "kv_cache_memory_bytes",
         )
     return num_blocks
 

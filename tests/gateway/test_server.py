@@ -130,7 +130,7 @@ async def test_a_second_signal_ends_at_once(
 def test_a_taken_port_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert run(GatewayConfig.model_validate({"port": port, "redis_url": "unix:///none"})) == 1
+        assert run(GatewayConfig.model_validate({"port": port, "redis_url": "unix:///none"})) == 2
     (line,) = [record.getMessage() for record in caplog.records]
     assert line == f"cannot listen on 127.0.0.1:{port}: Address already in use"
 
@@ -138,7 +138,7 @@ def test_a_taken_port_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_missing_tokenizer_is_one_line(
     caplog: pytest.LogCaptureFixture, tmp_path: os.PathLike[str]
 ) -> None:
-    assert run(GatewayConfig.model_validate({"model": str(tmp_path)})) == 1
+    assert run(GatewayConfig.model_validate({"model": str(tmp_path)})) == 2
     (line,) = [record.getMessage() for record in caplog.records]
     assert "tokenizer.json" in line
 
