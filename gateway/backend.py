@@ -72,10 +72,11 @@ class LinkView:
     source: str  # worker_id of P
     target: str  # worker_id of D
     transport: str  # the one used last
-    bytes_per_s: float  # measured, smoothed
+    bytes_per_s: float | None  # smoothed, or of links like it; None = nothing is known of either
     moved: Mapping[str, Moved]  # by transport
     failures: Mapping[Cause, int] = field(default_factory=dict)  # fetches that ended early
     in_flight_bytes: int = 0  # expected of fetches under way
+    is_measured: bool = True  # False: `bytes_per_s` is of links like it
 
     @property
     def num_transfers(self) -> int:

@@ -78,6 +78,7 @@ def link_body(link: LinkView) -> dict[str, Any]:
         "num_transfers": link.num_transfers,
         "num_bytes": link.num_bytes,
         "bytes_per_s": link.bytes_per_s,
+        "measured": link.is_measured,
         "in_flight_bytes": link.in_flight_bytes,
         "num_failures": link.num_failures,
         "failures": {cause.name.lower(): count for cause, count in link.failures.items()},

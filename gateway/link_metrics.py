@@ -42,7 +42,9 @@ def _families(links: Iterable[LinkView]) -> Iterator[Metric]:
         "baton_kv_link_failures", "Fetches that ended early.", labels=by_cause
     )
     rate = GaugeMetricFamily(
-        "baton_kv_link_rate_bytes_per_second", "Measured rate, smoothed.", labels=_PAIR
+        "baton_kv_link_rate_bytes_per_second",
+        "Measured rate, smoothed, or that of links like it.",
+        labels=_PAIR,
     )
     in_flight = GaugeMetricFamily(
         "baton_kv_link_in_flight_bytes", "KV expected of fetches under way.", labels=_PAIR
@@ -55,6 +57,7 @@ def _families(links: Iterable[LinkView]) -> Iterator[Metric]:
             seconds.add_metric((*pair, transport), moved.seconds)
         for cause, count in link.failures.items():
             failures.add_metric((*pair, cause.name.lower()), count)
-        rate.add_metric(pair, link.bytes_per_s)
+        if link.bytes_per_s is not None:
+            rate.add_metric(pair, link.bytes_per_s)
         in_flight.add_metric(pair, link.in_flight_bytes)
     yield from (transfers, num_bytes, seconds, failures, rate, in_flight)

@@ -145,14 +145,16 @@ class Link:
         return bool(self.moved or self.failures)
 
     def view(self) -> LinkView:
+        is_measured = self.model.num_measured > 0
         return LinkView(
             self.source,
             self.target,
             self.transport,
-            self.model.bytes_per_ms * 1e3,
+            self.model.bytes_per_ms * 1e3 if is_measured or self.class_bytes_per_ms else None,
             dict(self.moved),
             dict(self.failures),
             self.model.in_flight_bytes,
+            is_measured,
         )
 
 

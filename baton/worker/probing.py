@@ -1,9 +1,10 @@
-"""Before a worker is ready: warm the links to a few peers, and see how fast they are."""
+"""Before a worker is ready: warm the links to a few peers, and see how fast they are. Workers that
+start together see nobody then: they look again soon after."""
 
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from baton.errors import BatonError
 from baton.kvtransfer.base import Transport
@@ -16,6 +17,7 @@ log = logging.getLogger(__name__)
 _PROBES_BYTES = 1 << 20, 4 << 20, 4 << 20
 _PROBE_S = 1.0  # for each of them
 _ALL_S = 3.0  # a worker is ready after this, whatever its links are like
+LOOKS_S = (1.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # the first peers come soon or with traffic
 
 
 async def probe_links(
@@ -52,6 +54,25 @@ async def probe_links(
     for rate in links.rates():
         where = LinkClass(rate.transport, rate.is_same_host)
         log.info("links over %s: %.1f MB/s", where, rate.bytes_per_s / 1e6)
+
+
+async def probe_first_peers(
+    peers: Callable[[], Awaitable[Iterable[WorkerInfo]]],
+    own: WorkerInfo,
+    transports: Sequence[Transport],
+    links: LinkTable,
+) -> None:
+    """As `probe_links`, once, when there is the first peer to probe and while nothing is known of
+    any link. A minute later it is up to what comes over them.
+
+    Args:
+        peers: who is registered now.
+    """
+    for pause_s in LOOKS_S:
+        await asyncio.sleep(pause_s)
+        if links.rates():
+            return
+        await probe_links(await peers(), own, transports, links)
 
 
 async def _probed(

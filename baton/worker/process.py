@@ -18,7 +18,7 @@ from baton.worker.engine import FailingRunner, StepWatch
 from baton.worker.identity import advertised_host, describe_worker
 from baton.worker.metrics import MetricsServer
 from baton.worker.policy import WorkerPolicy
-from baton.worker.probing import probe_links
+from baton.worker.probing import probe_first_peers, probe_links
 from baton.worker.registration import Registration
 from baton.worker.runtime import Observer
 from baton.worker.service import SERVICES, WorkerService
@@ -59,6 +59,7 @@ class WorkerProcess:
         self._service: WorkerService | None = None
         self._registration: Registration | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._probing: asyncio.Task[None] | None = None
 
     async def start(self, token: ClusterToken, redis_url: str) -> asyncio.Future[Exception]:
         """Serve and register; the result is set when the worker breaks.
@@ -100,9 +101,12 @@ class WorkerProcess:
         self._watching = asyncio.create_task(
             StepWatch(worker.engine, worker.latency, config).run(self._server.set_serving)
         )
-        peers = await self._registration.peers()
-        await probe_links(peers, info, self._plane.transports, worker.links)
+        peers = self._registration.peers
+        await probe_links(await peers(), info, self._plane.transports, worker.links)
         self._registration.start()
+        self._probing = asyncio.create_task(
+            probe_first_peers(peers, info, self._plane.transports, worker.links)
+        )
         log.info(
             "%s: %s at %s, %d KV blocks on %s, metrics on port %d",
             info.worker_id,
@@ -118,15 +122,15 @@ class WorkerProcess:
         """Admit nothing more, finish what is here, hand over the rest at the deadline."""
         assert self._worker is not None, "started"
         assert self._registration is not None
+        await _cancelled(self._probing)
         await self._registration.close()
         await self._worker.drain(timeout_s)
 
     async def close(self) -> None:
         """Idempotent."""
+        await _cancelled(self._probing)
         if self._watching is not None:
-            self._watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._watching
+            await _cancelled(self._watching)
             await self._server.set_serving(False)
         if self._registration is not None:
             await self._registration.close()
@@ -140,3 +144,10 @@ class WorkerProcess:
         self._metrics.close()
         if self._tracer is not None:
             await asyncio.to_thread(self._tracer.close)
+
+
+async def _cancelled(task: asyncio.Task[None] | None) -> None:
+    if task is not None:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task

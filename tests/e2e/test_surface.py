@@ -5,6 +5,7 @@ from typing import Any
 
 import openai
 import pytest
+from harness import wait_until
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24, "seed": 5}
 PROMPT = "def add(a, b):\n    "
@@ -36,6 +37,18 @@ def ids(fleet, path: str = "/v1/completions", **fields: Any) -> list[list[int]]:
         streamed = fleet.complete(body)
         assert [streamed.token_ids[index] for index in range(len(whole))] == whole
     return whole
+
+
+def test_links_are_measured_before_there_is_traffic(fleet) -> None:
+    """Although both workers started at once, so that neither saw the other before it was ready."""
+
+    def is_measured() -> bool:
+        workers = fleet.cluster()["workers"]
+        return all(any(r["bytes_per_s"] > 0 for r in w["link_rates"]) for w in workers)
+
+    wait_until(is_measured, 60.0, "every worker has measured a class of links")
+    for link in fleet.cluster()["links"]:
+        assert link["bytes_per_s"] > 0
 
 
 def test_fields_that_steer_sampling(fleet) -> None:

@@ -72,6 +72,7 @@ async def test_cluster(client: httpx.AsyncClient) -> None:
     (link,) = body["links"]
     assert (link["source"], link["target"], link["transport"]) == ("p0", "d0", "grpc")
     assert (link["num_bytes"], link["bytes_per_s"], link["in_flight_bytes"]) == (4096, 1e6, 512)
+    assert link["measured"] is True
     assert (link["num_failures"], link["failures"]) == (2, {"frame_corrupt": 2})
 
 

@@ -13,7 +13,7 @@ from baton.kvtransfer.base import FetchOpen, FrameSink, FrameSource, Probe
 from baton.types import TransferStats, TransportAddress, WorkerInfo
 from baton.worker import probing
 from baton.worker.link_table import LinkTable
-from baton.worker.probing import probe_links
+from baton.worker.probing import LOOKS_S, probe_first_peers, probe_links
 from tests.worker.test_link_table import address, peer
 
 FRAME_S = 0.02
@@ -123,3 +123,34 @@ async def test_a_slow_link_is_warned_of(
     assert link is not None
     assert 0.1e3 < link.probed < 1.5e3
     assert "links over ucx between hosts: " in caplog.text
+
+
+async def looked(
+    looks: list[list[WorkerInfo]], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, LinkTable]:
+    """What each look at the registrations shows; how often was looked?"""
+    monkeypatch.setattr(probing, "LOOKS_S", (0.0,) * len(LOOKS_S))
+    num_looks = 0
+
+    async def peers() -> list[WorkerInfo]:
+        nonlocal num_looks
+        num_looks += 1
+        return looks[min(num_looks, len(looks)) - 1]
+
+    links = LinkTable()
+    await probe_first_peers(peers, OWN, [Probed({address(0).address: 5000.0})], links)
+    return num_looks, links
+
+
+async def test_the_first_peer_is_probed_when_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = replace(peer(0, "here", (address(0),)), incarnation=b"\1" * 16)
+    num_looks, links = await looked([[OWN], [OWN], [OWN, first]], monkeypatch)
+    assert num_looks == 3
+    (rate,) = links.rates()
+    assert rate.transport == "ucx"
+
+
+async def test_nobody_is_looked_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_looks, links = await looked([[OWN]], monkeypatch)
+    assert num_looks == len(LOOKS_S)
+    assert links.rates() == ()
