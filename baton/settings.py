@@ -159,6 +159,12 @@ class WorkerSettings(Section):
         ("shm", "ucx", "grpc"),
         description="KV transports to offer and use, in order of preference.",
     )
+    kv_staging_memory_bytes: ByteSize = Field(
+        ByteSize(512 << 20),
+        gt=0,
+        description="KV on its way, packed and not yet unpacked, in each direction; beyond, "
+        "fetches wait.",
+    )
     lease_ms: int = Field(
         30_000, gt=0, description="How long KV is kept for a decode worker that shows no progress."
     )

@@ -149,6 +149,7 @@ class WorkerMetrics(_Metrics):
         self.kv_frames = self._counter("kv_frames", "Verified frames.", "transport")
         self.attachments = self._gauge("kv_attachments", "Consumers that read KV here now.")
         self.fetches = self._gauge("kv_fetches", "Fetches of this consumer.", "state")
+        self.staging = self._gauge("kv_staging_bytes", "KV on its way, by direction.", "side")
 
 
 @dataclass(slots=True)

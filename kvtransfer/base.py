@@ -59,11 +59,16 @@ class FetchOpen:
 
 
 class Staging(Protocol):
-    """Where the producer puts frames together; its room is the consumer's credit."""
+    """Where the producer puts frames together; its room is the consumer's credit, and what the
+    producer may hold for all its consumers."""
 
-    async def take(self, max_frames: int) -> int:
-        """Wait until the consumer takes at least one more frame, and use up what it takes, at most
-        `max_frames`. Returns how many."""
+    async def take(self, max_frames: int, frame_bytes: int = 0) -> int:
+        """Wait until there is room for at least one more frame, and use it up for at most
+        `max_frames`. Returns how many.
+
+        Args:
+            frame_bytes: of the largest of them; 0 = too small to count.
+        """
         ...
 
     def buffer(self, num_bytes: int) -> memoryview:

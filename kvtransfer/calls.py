@@ -32,6 +32,7 @@ from baton.kvtransfer.pump import (
     settle,
     uninterrupted,
 )
+from baton.kvtransfer.staging import StagingBudget
 from baton.rpc import ClusterToken, Connection, connect, to_baton_error
 from baton.v1 import kv_pb2 as pb
 
@@ -83,8 +84,15 @@ class FetchCalls:
     """Serves `KV.Fetch` on a worker's gRPC server and makes such calls to others. One per worker,
     shared by its transports."""
 
-    def __init__(self, server: grpc.aio.Server, token: ClusterToken) -> None:
+    def __init__(
+        self, server: grpc.aio.Server, token: ClusterToken, budget: StagingBudget | None = None
+    ) -> None:
+        """
+        Args:
+            budget: of all fetches that are served.
+        """
         self._token = token
+        self._budget = budget or StagingBudget()
         self._offers: dict[str, _Offer] = {}
         self._peers: dict[str, _Peer] = {}
         self._background: set[asyncio.Task[None]] = set()
@@ -159,7 +167,8 @@ class FetchCalls:
             offer = self._offers.get(transport)
             if offer is None:
                 raise BatonError(Cause.UNSUPPORTED, f"transport {transport!r} is not offered")
-            await offer.scope.run(_serve_call(offer, fetch, lane, context, replies))
+            credits = Credits(fetch.initial_credit, self._budget)
+            await offer.scope.run(_serve_call(offer, fetch, lane, context, replies, credits))
         except BatonError as error:
             logger.info("a fetch ended: %s: %s", error.cause.name, error.message)
             detail, cause = error.message[: wire.MAX_DETAIL_LEN], int(error.cause)
@@ -168,15 +177,18 @@ class FetchCalls:
 
 
 async def _serve_call(
-    offer: _Offer, fetch: FetchOpen, lane: bytes, context: Any, replies: "_Replies"
+    offer: _Offer,
+    fetch: FetchOpen,
+    lane: bytes,
+    context: Any,
+    replies: "_Replies",
+    credits: Credits,
 ) -> None:
     opened_lane = None if offer.open_lane is None else await offer.open_lane(lane)
     is_complete = False
     try:
         by_hash = isinstance(fetch.source, HashChain)
-        consumer = _CallConsumer(
-            context, replies, Credits(fetch.initial_credit), opened_lane, by_hash
-        )
+        consumer = _CallConsumer(context, replies, credits, opened_lane, by_hash)
         serving = asyncio.create_task(serve(offer.source, fetch, consumer))
         listening = asyncio.create_task(consumer.listen())
         try:

@@ -190,7 +190,9 @@ class ExportAttachment:
             parts = self._next_parts(await self._feed.next_span(cursor))
             while parts:
                 at_once = min(_MAX_FRAMES, _MAX_PACKED_BYTES // self._memory.num_bytes(parts[0]))
-                num_frames = await staging.take(max(1, min(len(parts), at_once)))
+                num_frames = max(1, min(len(parts), at_once))
+                frame_bytes = max(map(self._memory.num_bytes, parts[:num_frames])) + HEADER_BYTES
+                num_frames = await staging.take(num_frames, frame_bytes)
                 now, parts = parts[:num_frames], parts[num_frames:]
                 for part, frame in zip(now, await self._read(now, staging), strict=True):
                     self._feed.raise_if_cut()

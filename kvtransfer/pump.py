@@ -11,6 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from baton.errors import BatonError, Cause
 from baton.kvtransfer.base import Buffers, FetchOpen, FrameSink, FrameSource
+from baton.kvtransfer.staging import StagingBudget
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +26,20 @@ _PACK_AHEAD = 4  # frames packed while others are being sent; credit is used up 
 
 
 class Credits:
-    """How many more frames the consumer takes: given by the consumer, used up by the producer."""
+    """How many more frames the consumer takes: given by the consumer, used up by the producer. A
+    frame is in staging until the credit for it comes back."""
 
-    def __init__(self, num_frames: int) -> None:
+    def __init__(self, num_frames: int, budget: StagingBudget | None = None) -> None:
         """
+        Args:
+            budget: of the producer; shared with its other fetches.
+
         Raises:
             BatonError: as `give`.
         """
         self._num_frames = 0
+        self._budget = budget or StagingBudget()
+        self._staged: deque[int] = deque()  # bytes of each frame, oldest first
         self._given = asyncio.Event()
         self.give(num_frames)
 
@@ -44,16 +51,32 @@ class Credits:
         if num_frames <= 0 or self._num_frames + num_frames > MAX_CREDIT:
             raise BatonError(Cause.PROTOCOL, f"credit of {num_frames} frames")
         self._num_frames += num_frames
+        self._free(num_frames)
         self._given.set()
 
-    async def take(self, max_frames: int) -> int:
-        """Wait for at least one, use up at most `max_frames`; how many. For one taker."""
+    async def take(self, max_frames: int, frame_bytes: int = 0) -> int:
+        """Wait for at least one, and for room for it unless it would be the only one; use up at
+        most `max_frames`; how many. For one taker."""
         while not self._num_frames:
             self._given.clear()
             await self._given.wait()
+        while self._staged and frame_bytes > self._budget.free_bytes:
+            await self._budget.freed()
         num_taken = min(self._num_frames, max_frames)
+        if frame_bytes:
+            num_taken = min(num_taken, max(1, self._budget.free_bytes // frame_bytes))
         self._num_frames -= num_taken
+        self._staged.extend([frame_bytes] * num_taken)
+        self._budget.use(num_taken * frame_bytes)
         return num_taken
+
+    def close(self) -> None:
+        """Nothing of this fetch is in staging any more."""
+        self._free(len(self._staged))
+
+    def _free(self, num_frames: int) -> None:
+        num_frames = min(num_frames, len(self._staged))
+        self._budget.free(sum(self._staged.popleft() for _ in range(num_frames)))
 
 
 class Consumer(Protocol):
@@ -73,12 +96,12 @@ class Consumer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Staging:
-    """A `Staging` bounded by the consumer's credit."""
+    """A `Staging` bounded by the consumer's credit and the producer's budget."""
 
     _consumer: Consumer
 
-    async def take(self, max_frames: int) -> int:
-        return await self._consumer.credits.take(max_frames)
+    async def take(self, max_frames: int, frame_bytes: int = 0) -> int:
+        return await self._consumer.credits.take(max_frames, frame_bytes)
 
     def buffer(self, num_bytes: int) -> memoryview:
         return self._consumer.buffer(num_bytes)
@@ -128,6 +151,7 @@ async def _serve(source: FrameSource, fetch: FetchOpen, consumer: Consumer) -> N
         try:
             await settle(sending, failing, finishing)
         finally:  # it raises when it was cancelled meanwhile
+            consumer.credits.close()
             await uninterrupted(attachment.close())
 
 

@@ -10,6 +10,7 @@ from baton.kvtransfer.exporter import Exporter
 from baton.kvtransfer.memory import KVMemory
 from baton.kvtransfer.negotiate import make_transports
 from baton.kvtransfer.probe import ProbedSource
+from baton.kvtransfer.staging import StagingBudget
 from baton.rpc import ClusterToken
 from baton.types import TransportAddress
 from baton.worker.exports import ExportDesk
@@ -23,14 +24,17 @@ class DataPlane:
         memory: KVMemory,
         transports: Sequence[Transport],
         calls: FetchCalls | None = None,
+        staging: StagingBudget | None = None,
     ) -> None:
         """
         Args:
             calls: what the transports between processes share.
+            staging: of what is served; as much again may be on its way to this worker.
         """
         self.memory = memory
         self.transports = transports
         self.exports = ExportDesk()
+        self.staging = staging or StagingBudget()
         self._calls = calls
 
     async def start(self) -> tuple[TransportAddress, ...]:
@@ -51,14 +55,17 @@ def make_data_plane(
     server: grpc.aio.Server,
     token: ClusterToken,
     address: str,
+    staging_bytes: int,
 ) -> DataPlane:
     """
     Args:
         names: of transports, in order of preference; those that this machine lacks are left out.
         address: host:port at which others reach `server`.
+        staging_bytes: bound of KV on its way, in each direction.
 
     Raises:
         ValueError: a name is unknown, or none of them can be used.
     """
-    calls = FetchCalls(server, token)
-    return DataPlane(memory, make_transports(names, calls, address), calls)
+    staging = StagingBudget(staging_bytes)
+    calls = FetchCalls(server, token, staging)
+    return DataPlane(memory, make_transports(names, calls, address), calls, staging)

@@ -11,10 +11,11 @@ from typing import Protocol
 from baton.errors import BatonError, Cause
 from baton.grants import HashChain
 from baton.kvtransfer.base import FetchOpen, Transport
-from baton.kvtransfer.exporter import FRAME_BYTES
+from baton.kvtransfer.exporter import DEVICE_FRAME_BYTES, FRAME_BYTES
 from baton.kvtransfer.importer import Importer
 from baton.kvtransfer.memory import KVMemory
 from baton.kvtransfer.negotiate import choose
+from baton.kvtransfer.staging import DEFAULT_STAGING_BYTES
 from baton.types import LegId, TokenChunk, TransferStats, TransportAddress
 from baton.worker.effects import FetchKV
 from baton.worker.exports import parse_end_payload
@@ -52,12 +53,14 @@ class FetchDesk:
         transports: Sequence[Transport],
         host_id: str,
         links: LinkTable,
+        max_staging_bytes: int = DEFAULT_STAGING_BYTES,
     ) -> None:
         """
         Args:
             transports: in our order of preference.
             host_id: of this worker.
             links: what is known of the links to producers; learns from every fetch.
+            max_staging_bytes: of frames on their way, of all fetches.
         """
         self._events = events
         self._memory = memory
@@ -65,7 +68,7 @@ class FetchDesk:
         self._transports = {transport.name: transport for transport in transports}
         self._tasks: dict[LegId, asyncio.Task[TransferStats]] = {}
         self._links = links
-        self._queue = FetchQueue()
+        self._queue = FetchQueue(max_staging_bytes=max_staging_bytes)
         self._turns: dict[LegId, asyncio.Future[None]] = {}
 
     def __len__(self) -> int:
@@ -75,6 +78,11 @@ class FetchDesk:
     def num_waiting(self) -> int:
         """Of them, for their turn."""
         return self._queue.num_waiting
+
+    @property
+    def staging_bytes(self) -> int:
+        """What those that run may have on their way."""
+        return self._queue.staging_bytes
 
     def start(self, order: FetchKV) -> None:
         fetch = _Fetch(self, order)
@@ -122,7 +130,12 @@ class FetchDesk:
         return self._transports[address.name], address, link
 
     async def turn(
-        self, order: FetchKV, address: TransportAddress, predicted_ms: float, is_spare: bool
+        self,
+        order: FetchKV,
+        address: TransportAddress,
+        num_bytes: int,
+        predicted_ms: float,
+        is_spare: bool,
     ) -> None:
         """Wait until this fetch may begin.
 
@@ -130,7 +143,8 @@ class FetchDesk:
             BatonError: OVERLOADED; too much is before it.
         """
         now_ms = time.monotonic_ns() // 1_000_000
-        if not self._queue.ask(order.leg, address, predicted_ms, now_ms, is_spare):
+        staging_bytes = min(num_bytes, order.fetch.initial_credit * DEVICE_FRAME_BYTES)
+        if not self._queue.ask(order.leg, address, predicted_ms, now_ms, is_spare, staging_bytes):
             raise BatonError(Cause.OVERLOADED, f"too many fetches wait for {address.address}")
         turn = self._turns[order.leg] = asyncio.get_running_loop().create_future()
         self._admit()
@@ -170,7 +184,7 @@ class _Fetch:
         num_bytes = desk._memory.num_bytes(order.fetch.range)
         predicted_ms = num_bytes / link.model.bytes_per_ms
         fetch = replace(order.fetch, pace_ms=_pace_ms(order.fetch, num_bytes, predicted_ms))
-        await desk.turn(order, address, predicted_ms, is_spare=by_hash)
+        await desk.turn(order, address, num_bytes, predicted_ms, is_spare=by_hash)
         try:
             stats = await transport.fetch(address, fetch, _Sink(importer, self._progress))
         except BatonError as error:

@@ -11,6 +11,7 @@ from baton.engine.events import LegFailed, LegPreempted, StepOutput
 from baton.engine.pooling_core import PoolingOutput
 from baton.errors import Cause
 from baton.kvtransfer.lease import COUNTS
+from baton.kvtransfer.staging import StagingBudget
 from baton.messages import (
     Admitted,
     GatewayMessage,
@@ -47,6 +48,9 @@ class Fetching(Protocol):
     @property
     def num_waiting(self) -> int: ...
 
+    @property
+    def staging_bytes(self) -> int: ...
+
     def __len__(self) -> int: ...
 
 
@@ -57,7 +61,9 @@ class MetricsObserver:
         self._metrics = metrics
         self._tallies: list[_Tally] = []
 
-    def watch(self, producer: ProducerSide, exports: Sized, fetches: Fetching) -> None:
+    def watch(
+        self, producer: ProducerSide, exports: Sized, fetches: Fetching, staging: StagingBudget
+    ) -> None:
         """Show what the two sides of the exchange count, and what is under way now."""
         for name in COUNTS:  # each is there from the start
             self._metrics.lease_events.labels(name)
@@ -72,6 +78,11 @@ class MetricsObserver:
             "waiting": lambda: fetches.num_waiting,
         }.items():
             self._metrics.fetches.labels(state).set_function(count)
+        for side, num_bytes in {
+            "export": lambda: staging.used_bytes,
+            "import": lambda: fetches.staging_bytes,
+        }.items():
+            self._metrics.staging.labels(side).set_function(num_bytes)
 
     def stepped(self, output: StepOutput) -> None:
         metrics = self._metrics

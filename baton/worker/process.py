@@ -70,7 +70,12 @@ class WorkerProcess:
         config, runner = self._config, self._runner
         memory = KVMemory(runner.kv_cache.tensor, runner.kv_cache.layout)
         self._plane = make_data_plane(
-            memory, config.transports, self._server.grpc, token, self._address
+            memory,
+            config.transports,
+            self._server.grpc,
+            token,
+            self._address,
+            config.kv_staging_memory_bytes,
         )
         transports = await self._plane.start()
         info = describe_worker(config, self._policy.role, runner, self._address, transports)
@@ -93,7 +98,9 @@ class WorkerProcess:
             runner.grammars,
         )
         runtime = worker.runtime
-        self._metrics.observer.watch(runtime.machine.producer, runtime.exports, worker.fetches)
+        self._metrics.observer.watch(
+            runtime.machine.producer, runtime.exports, worker.fetches, self._plane.staging
+        )
         self._service = WorkerService(worker.runtime, self._registration.inventory, worker.score)
         self._service.add_to(self._server.grpc)
         worker.start()

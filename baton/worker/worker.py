@@ -78,7 +78,12 @@ class Worker:
             on_failure=self.runtime.post_failure,
         )
         self.fetches = FetchDesk(
-            self.runtime, plane.memory, plane.transports, info.host_id, self.links
+            self.runtime,
+            plane.memory,
+            plane.transports,
+            info.host_id,
+            self.links,
+            plane.staging.max_bytes,
         )
         pool = None if grammars is None else GrammarPool(grammars)
         self.runtime.connect(self.engine, self.fetches, pool)

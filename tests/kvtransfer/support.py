@@ -121,7 +121,7 @@ Script = Callable[["ScriptedAttachment"], AsyncGenerator[Buffers, None]]
 class Unbounded:
     """A `Staging` for whoever takes every frame at once."""
 
-    async def take(self, max_frames: int) -> int:
+    async def take(self, max_frames: int, frame_bytes: int = 0) -> int:
         return max_frames
 
     def buffer(self, num_bytes: int) -> memoryview:

@@ -81,7 +81,7 @@ class Room(Unbounded):
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    async def take(self, max_frames: int) -> int:
+    async def take(self, max_frames: int, frame_bytes: int = 0) -> int:
         self.asked.append(max_frames)
         return max_frames
 

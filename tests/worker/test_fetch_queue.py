@@ -49,6 +49,20 @@ def test_a_link_that_is_far_behind_takes_no_more() -> None:
     assert queue.ask(leg(4), "a", 1e9, now_ms=0)  # there is room: however long it takes
 
 
+def test_bytes_on_their_way_are_bounded_and_the_large_one_is_not_passed() -> None:
+    queue = FetchQueue(max_staging_bytes=100)
+    for number, num_bytes in enumerate((60, 60, 10)):
+        queue.ask(leg(number), number, number, now_ms=0, staging_bytes=num_bytes)
+    assert queue.admit() == [leg(0)]
+    assert queue.staging_bytes == 60
+    queue.leave(leg(0))
+    assert queue.admit() == [leg(1), leg(2)]
+    queue.leave(leg(1))
+    queue.leave(leg(2))
+    queue.ask(leg(3), "a", 1, now_ms=0, staging_bytes=1000)
+    assert queue.admit() == [leg(3)], "alone, whatever its size"
+
+
 class Machine(RuleBasedStateMachine):
     """Against a model: who asked, who runs."""
 

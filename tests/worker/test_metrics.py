@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry
 from baton.engine.events import LegFailed, LegPreempted, StepOutput
 from baton.errors import Cause
 from baton.kvtransfer.lease import COUNTS
+from baton.kvtransfer.staging import StagingBudget
 from baton.messages import Imported, KvFailed, StepBatch
 from baton.telemetry import WorkerMetrics
 from baton.types import LegId, Role, StepTiming, TransferStats, WorkerSnapshot
@@ -50,6 +51,7 @@ def test_what_a_worker_did_is_served() -> None:
 
 class Fetches(list[int]):
     num_waiting = 1
+    staging_bytes = 600
 
 
 def test_what_the_exchange_counts_is_passed_on_once() -> None:
@@ -58,7 +60,9 @@ def test_what_the_exchange_counts_is_passed_on_once() -> None:
     leases, refusals = Counter({"opened": 2}), Counter({Cause.TICKET_FORGED: 1})
     exports, fetches = [1, 2], Fetches([3, 4, 5])
     producer = SimpleNamespace(leases=SimpleNamespace(counts=leases), refusals=refusals)
-    observer.watch(cast("Any", producer), exports, fetches)
+    staging = StagingBudget()
+    staging.use(500)
+    observer.watch(cast("Any", producer), exports, fetches, staging)
 
     def value(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(f"baton_kv_{name}_total", labels)
@@ -66,6 +70,8 @@ def test_what_the_exchange_counts_is_passed_on_once() -> None:
     assert registry.get_sample_value("baton_kv_attachments") == 2
     assert registry.get_sample_value("baton_kv_fetches", {"state": "running"}) == 2
     assert registry.get_sample_value("baton_kv_fetches", {"state": "waiting"}) == 1
+    assert registry.get_sample_value("baton_kv_staging_bytes", {"side": "export"}) == 500
+    assert registry.get_sample_value("baton_kv_staging_bytes", {"side": "import"}) == 600
     assert [value("lease_events", event=name) for name in COUNTS] == [0.0] * len(COUNTS)
     for _ in range(2):
         observer.sent(StepBatch((), SNAPSHOT))

@@ -81,7 +81,7 @@ def memory() -> KVMemory:
 async def serve(transports: tuple[str, ...], incarnation: bytes = b"i" * 16) -> Any:
     server = RpcServer(TOKEN)
     address = f"127.0.0.1:{server.bind('127.0.0.1', 0)}"
-    plane = make_data_plane(memory(), transports, server.grpc, TOKEN, address)
+    plane = make_data_plane(memory(), transports, server.grpc, TOKEN, address, 1 << 20)
     config = EngineConfig(num_blocks=NUM_BLOCKS, max_num_batched_tokens=128)
     info = WorkerInfo(
         worker_id="p",
