@@ -15,11 +15,12 @@ from typing import Any, Protocol, TypeAlias
 import grpc
 
 from baton.errors import BatonError, Cause
-from baton.messages import GatewayMessage, Heartbeat, Hello, StepBatch
+from baton.messages import Failed, GatewayMessage, Heartbeat, Hello, StepBatch
 from baton.rpc import ClusterToken, connect, to_baton_error
 from baton.session_wire import open_session
-from baton.types import PROTOCOL_MAJOR, BlockHash, WorkerInfo
+from baton.types import PROTOCOL_MAJOR, BlockHash, WorkerInfo, WorkerSnapshot
 from baton.v1 import kv_pb2, kv_pb2_grpc
+from baton.v1.worker_pb2 import GatewayMessage as GatewayPb
 from baton.wire import gateway_message_to_pb, worker_message_from_pb
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class WorkerSession:
         self._outgoing: asyncio.Queue[GatewayMessage] = asyncio.Queue(config.max_outgoing)
         self._dropped: asyncio.Future[str] | None = None
         self._last_heard_s = 0.0
+        self._snapshot = _unknown_load(info)
         self._task = asyncio.create_task(self._run(), name=f"session {info.worker_id}")
 
     def send(self, message: GatewayMessage) -> None:
@@ -144,6 +146,7 @@ class WorkerSession:
         if isinstance(message, StepBatch):
             if not self.is_up:
                 raise BatonError(Cause.PROTOCOL, "a batch before Hello")
+            self._snapshot = message.snapshot
             self._listener.session_batch(self.info.worker_id, message)
             return
         info = message.info
@@ -152,17 +155,33 @@ class WorkerSession:
         if info.protocol[0] != PROTOCOL_MAJOR:
             raise BatonError(Cause.UNSUPPORTED, f"protocol {info.protocol[0]}.{info.protocol[1]}")
         self.info = info
+        self._snapshot = _unknown_load(info)
         self.is_up = True
         self._listener.session_up(info)
 
     async def _write(self, call: SessionCall) -> str:
         try:
             while True:
-                await call.write(gateway_message_to_pb(await self._outgoing.get()))
+                encoded = self._encoded(await self._outgoing.get())
+                if encoded is not None:
+                    await call.write(encoded)
         except grpc.aio.AioRpcError as error:
             return to_baton_error(error).message
         except asyncio.InvalidStateError:
             return "the stream is closed"
+
+    def _encoded(self, message: GatewayMessage) -> GatewayPb | None:
+        """None: it has no form on the wire. A defect, but of one request, which is told so."""
+        try:
+            return gateway_message_to_pb(message)
+        except (TypeError, ValueError):
+            if isinstance(message, Heartbeat):
+                raise
+            log.exception("a message for %s cannot be sent", self.info.worker_id)
+        failed = Failed(message.leg, Cause.INTERNAL, "the message cannot be sent")
+        batch = StepBatch((failed,), self._snapshot)
+        self._listener.session_batch(self.info.worker_id, batch)
+        return None
 
     async def _beat(self) -> str:
         seq = 0
@@ -185,6 +204,11 @@ class WorkerSession:
             else:
                 silence_s += min(loop.time() - before_s, 2 * look_s)
         return f"silent for {silence_s:.1f} s"
+
+
+def _unknown_load(info: WorkerInfo) -> WorkerSnapshot:
+    """Until it says how it is."""
+    return WorkerSnapshot(info.role, free_blocks=0, total_blocks=info.num_blocks)
 
 
 async def fetch_inventory(info: WorkerInfo, token: ClusterToken) -> tuple[int, list[BlockHash]]:

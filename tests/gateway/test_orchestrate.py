@@ -190,6 +190,24 @@ async def test_a_slow_reader_holds_up_nobody(fleet: Fleet) -> None:
     assert await tokens_of(slow) == expected(200)
 
 
+async def test_what_cannot_be_sent_fails_alone(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    p, d = await pair(fleet)
+    d.hold.clear()
+    running = fleet.orchestrator.open(request(request_id="running"))
+    async with asyncio.timeout(20):
+        await anext(running)
+    bad = fleet.orchestrator.open(request(request_id="lone \ud800 surrogate"))
+    with pytest.raises(BatonError) as caught:
+        await tokens_of(bad)
+    assert caught.value.cause is Cause.INTERNAL
+    assert "cannot be sent" in caplog.text
+    d.hold.set()
+    assert await tokens_of(running) == expected()[1:]
+    assert (p.num_sessions, d.num_sessions) == (1, 1)
+
+
 async def test_nothing_is_up(fleet: Fleet) -> None:
     with pytest.raises(BatonError) as caught:
         fleet.orchestrator.open(request())
