@@ -25,6 +25,9 @@ MAX_DEPTH = 32  # of JSON texts
 MAX_CACHED = 256  # compiled grammars
 MAX_MESSAGE = 200  # characters of what the compiler says
 # About 50 k units of fuel a millisecond: what is over is refused as too complex.
+# Not to be followed to its end: a text that can only go on in one way, because some have no end
+# (`start: /a+/ start`) and the compiler has no limit for that. Said last, since the last one holds.
+_NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 _LIMITS = LLParserLimits(
     initial_lexer_fuel=4_000_000, max_lexer_states=100_000, verbose_errors=False
 )
@@ -133,29 +136,35 @@ class Grammars:
 
 
 def to_llguidance(spec: StructuredOutput, special_tokens: Collection[str] = ()) -> str:
-    """The grammar in llguidance's own notation. `special_tokens`: texts of the model's.
+    """The grammar in llguidance's own notation, a dialect of Lark's. `special_tokens`: texts of the
+    model's.
 
     Raises:
         InvalidRequest: the text is not what its kind says.
     """
     try:
-        match spec.kind:
-            case StructuredKind.JSON_OBJECT:
-                return _json_grammar({"type": "object"}, spec.any_whitespace)
-            case StructuredKind.JSON_SCHEMA:
-                return _json_grammar(_json(spec.text), spec.any_whitespace)
-            case StructuredKind.REGEX:
-                return LLMatcher.grammar_from_regex(spec.text)
-            case StructuredKind.CHOICE:
-                return _choice_grammar(json.loads(spec.text))
-            case StructuredKind.GRAMMAR:
-                return LLMatcher.grammar_from_lark(any_to_lark(spec.text))
-            case StructuredKind.STRUCTURAL_TAG:
-                return _tag_grammar(_json(spec.text), special_tokens)
+        return _lark(spec, special_tokens) + _NO_FORCING
     except InvalidRequest:
         raise
     except Exception as error:  # the library's converters raise what they like
         raise InvalidRequest(_readable(str(error)), PARAM) from error
+
+
+def _lark(spec: StructuredOutput, special_tokens: Collection[str]) -> str:
+    match spec.kind:
+        case StructuredKind.JSON_OBJECT:
+            return _json_grammar({"type": "object"}, spec.any_whitespace)
+        case StructuredKind.JSON_SCHEMA:
+            return _json_grammar(_json(spec.text), spec.any_whitespace)
+        case StructuredKind.REGEX:
+            (grammar,) = json.loads(LLMatcher.grammar_from_regex(spec.text))["grammars"]
+            return str(grammar["lark_grammar"])
+        case StructuredKind.CHOICE:
+            return _choice_grammar(json.loads(spec.text))
+        case StructuredKind.GRAMMAR:
+            return any_to_lark(spec.text)
+        case StructuredKind.STRUCTURAL_TAG:
+            return _tag_grammar(_json(spec.text), special_tokens)
 
 
 def _readable(message: str) -> str:
@@ -181,7 +190,8 @@ def _json_grammar(schema: object, any_whitespace: bool) -> str:
     if not isinstance(schema, dict):
         raise InvalidRequest("a JSON schema is an object", PARAM)
     options: Any = {"whitespace_flexible": any_whitespace}
-    return LLMatcher.grammar_from_json_schema(schema, defaults=options)
+    whole = json.loads(LLMatcher.grammar_from_json_schema(schema, defaults=options))
+    return f"start: %json {json.dumps(whole['grammars'][0]['json_schema'])}"
 
 
 def _choice_grammar(choices: object) -> str:
@@ -189,7 +199,7 @@ def _choice_grammar(choices: object) -> str:
     if not is_list or not all(isinstance(text, str) and text for text in choices):  # type: ignore[attr-defined]
         raise InvalidRequest("choice must be a list of texts, none of them empty", PARAM)
     texts = [json.dumps(text, ensure_ascii=False) for text in choices]  # type: ignore[attr-defined]
-    return LLMatcher.grammar_from_lark("start: " + " | ".join(texts))
+    return "start: " + " | ".join(texts)
 
 
 def _tag_grammar(tag: object, special_tokens: Collection[str]) -> str:

@@ -52,6 +52,26 @@ def test_kinds(grammars: Grammars, kind: KIND, text: str, good: str, bad: str) -
     assert not accepts(grammars, spec, bad)
 
 
+@pytest.mark.timeout(20)  # where it does not end, it cannot be interrupted either
+@pytest.mark.parametrize(
+    ("text", "start"),
+    [
+        ("start: /a+/ start", ""),
+        ("start: /a+/ x\nx: /a+/", ""),
+        ('start: ("x" | "y") /a+/ x\nx: /a+/', "x"),
+        ('%llguidance {"no_forcing": false}\nstart: "x"? /a+/ start', ""),
+        ('start: %lark {\n%llguidance {"no_forcing": false}\nstart: /a+/ start\n}', ""),
+    ],
+)
+def test_a_text_without_end_is_not_looked_ahead(grammars: Grammars, text: str, start: str) -> None:
+    matcher = grammars.matcher(StructuredOutput(KIND.GRAMMAR, text))
+    for char in [*start, *"aaa"]:
+        (token_id,) = tiny_tokenizer().encode(char, add_special_tokens=False)
+        mask = matcher.compute_bitmask()
+        assert mask[token_id // 8] >> token_id % 8 & 1
+        assert matcher.consume_token(token_id)
+
+
 def test_whitespace_is_optional(grammars: Grammars) -> None:
     loose, compact = (StructuredOutput(KIND.JSON_OBJECT, "", any_ws) for any_ws in (True, False))
     assert accepts(grammars, loose, '{ "a":1 }')
