@@ -1,14 +1,20 @@
 """The commands that talk to a running fleet, or about this machine."""
 
+import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import rich_click as click
 
+from baton.cli_options import option
 from baton.client.urls import server_root
+from baton.config import ConfigError, ServeConfig, load_config, settings_of
+from baton.errors import BatonError
 
+_DEFAULT_URL = "http://127.0.0.1:8000"
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -26,8 +32,7 @@ class Url(click.ParamType[str]):
 
 def url_option(*names: str) -> Decorator:
     text = "The gateway, with or without /v1."
-    default = "http://127.0.0.1:8000"
-    return click.option(*names, default=default, type=Url(), show_default=True, help=text)
+    return click.option(*names, default=_DEFAULT_URL, type=Url(), show_default=True, help=text)
 
 
 def api_key_option() -> Decorator:
@@ -79,6 +84,47 @@ def complete(url: str, **options: Any) -> None:
     sys.exit(run_complete(url, **options))
 
 
+_FLEET_GROUPS = ("Fleet", "Model", "Engine and KV cache")
+_FLEET_SETTINGS = {
+    setting.name: setting
+    for setting in settings_of(ServeConfig)
+    if setting.name != "model"
+    and (
+        setting.group in _FLEET_GROUPS
+        or setting.name.endswith("_parser")
+        or setting.name in ("enable_auto_tool_choice", "override_generation_config")
+    )
+}
+
+
+def _fleet_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a fleet that the command starts for itself."""
+    for setting in reversed(_FLEET_SETTINGS.values()):
+        command = option(setting)(command)
+    return command
+
+
+def _own_fleet(model: str, flags: dict[str, Any]) -> AbstractContextManager[str]:
+    """
+    Raises:
+        click.UsageError
+    """
+    from baton.private_fleet import private_fleet
+
+    try:
+        return private_fleet(load_config(ServeConfig, flags | {"model": model}, os.environ))
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
+
+
+click.rich_click.OPTION_GROUPS["baton run-batch"] = [
+    {
+        "name": "A fleet for this batch alone (--model without --url)",
+        "options": [f"--{name.replace('_', '-')}" for name in _FLEET_SETTINGS],
+    }
+]
+
+
 @click.command("run-batch")
 @click.option(
     "-i", "--input-file", required=True, type=click.Path(path_type=Path), help="Requests."
@@ -86,8 +132,13 @@ def complete(url: str, **options: Any) -> None:
 @click.option(
     "-o", "--output-file", required=True, type=click.Path(path_type=Path), help="Answers."
 )
-@url_option("--url")
-@model_option("--model")
+@click.option("--url", default=None, type=Url(), help=f"A running fleet. [default: {_DEFAULT_URL}]")
+@click.option(
+    "--model",
+    default=None,
+    help="With --url: for requests that name no model. Without: a checkpoint or hub id, for which a "
+    "fleet is started that ends with the batch.",
+)
 @api_key_option()
 @click.option(
     "--max-inflight",
@@ -105,15 +156,31 @@ def complete(url: str, **options: Any) -> None:
     help="Seconds for which a request is tried again while the server is busy or away.",
 )
 @click.option("--disable-tqdm", is_flag=True, help="No progress bar.")
-def run_batch(url: str, disable_tqdm: bool, **options: Any) -> None:
-    """Send a file of requests to a running fleet, and write the answers to another.
+@_fleet_options
+def run_batch(url: str | None, model: str | None, disable_tqdm: bool, **options: Any) -> None:
+    """Answer a file of requests: by a running fleet, or by one of its own.
 
-    Both are OpenAI's batch format (JSON lines). The same command goes on where an earlier one
-    ended; answers are written as they come.
+    Requests and answers are OpenAI's batch format (JSON lines). The same command goes on where an
+    earlier one ended; answers are written as they come.
     """
     from baton.client.batch import run_batch as run
 
-    sys.exit(run(url, use_tqdm=not disable_tqdm, **options))
+    flags = {name: options.pop(name) for name in _FLEET_SETTINGS}
+    flags = {name: value for name, value in flags.items() if value is not None}
+    options["use_tqdm"] = not disable_tqdm
+    if url is None and model is not None:
+        try:
+            with _own_fleet(model, flags) as own_url:
+                sys.exit(run(own_url, **options))
+        except BatonError as error:
+            click.echo(error.message, err=True)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            sys.exit(130)
+    if flags:
+        name = next(iter(flags)).replace("_", "-")
+        raise click.UsageError(f"--{name} is for a fleet of its own: give --model without --url.")
+    sys.exit(run(url or _DEFAULT_URL, model=model, **options))
 
 
 @click.command("collect-env")

@@ -50,7 +50,7 @@ class Fleet:
         self.stopping = asyncio.Event()
         self.supervisor = Supervisor(self._may_restart)
         self.worker_names = _worker_names(config, is_pooling)
-        self.port = _port(config.host, config.port)
+        self.port = free_port(config.host, config.port)
         self._folder = RedisFolder()
         self.redis_url = config.redis_url or redis_url(self._folder.path)
         gpus = [] if config.device == "cpu" else visible_gpus(os.environ)
@@ -134,7 +134,7 @@ def _worker_names(config: ServeConfig, is_pooling: bool) -> list[str]:
     return names
 
 
-def _port(host: str, port: int) -> int:
+def free_port(host: str, port: int = 0) -> int:
     """`port` if it can be listened on, any free one if it is 0."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

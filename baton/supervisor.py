@@ -33,7 +33,7 @@ class ChildSpec:
     stop_s: float
 
 
-def _bind_to_parent() -> Callable[[], None]:
+def bind_to_parent() -> Callable[[], None]:
     libc = ctypes.CDLL(None, use_errno=True)  # loaded before fork: dlopen after it may deadlock
 
     def in_child() -> None:
@@ -61,7 +61,7 @@ class Child:
         self._task = asyncio.create_task(self._keep_running())
 
     async def _keep_running(self) -> None:
-        bind = _bind_to_parent()
+        bind = bind_to_parent()
         while True:
             started = time.monotonic()
             self.process = await asyncio.create_subprocess_exec(
