@@ -12,7 +12,6 @@ import rich_click as click
 from baton.cli_options import option
 from baton.client.urls import server_root
 from baton.config import ConfigError, ServeConfig, load_config, settings_of
-from baton.errors import BatonError
 
 _DEFAULT_URL = "http://127.0.0.1:8000"
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -47,7 +46,7 @@ def model_option(*names: str) -> Decorator:
 
 def _terminal_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What `chat` and `complete` share."""
-    for option in (
+    for decorate in (
         click.option("-q", "--quick", default=None, metavar="TEXT", help="Answer this, and end."),
         api_key_option(),
         click.option("--temperature", default=None, type=float, help="The model's if absent."),
@@ -61,7 +60,7 @@ def _terminal_options(command: Callable[..., Any]) -> Callable[..., Any]:
         model_option("--model", "--model-name", "model"),
         url_option("--url"),
     ):
-        command = option(command)
+        command = decorate(command)
     return command
 
 
@@ -136,8 +135,8 @@ click.rich_click.OPTION_GROUPS["baton run-batch"] = [
 @click.option(
     "--model",
     default=None,
-    help="With --url: for requests that name no model. Without: a checkpoint or hub id, for which a "
-    "fleet is started that ends with the batch.",
+    help="With --url: for requests that name no model. Without: a checkpoint or hub id, for which "
+    "a fleet is started that ends with the batch.",
 )
 @api_key_option()
 @click.option(
@@ -169,14 +168,7 @@ def run_batch(url: str | None, model: str | None, disable_tqdm: bool, **options:
     flags = {name: value for name, value in flags.items() if value is not None}
     options["use_tqdm"] = not disable_tqdm
     if url is None and model is not None:
-        try:
-            with _own_fleet(model, flags) as own_url:
-                sys.exit(run(own_url, **options))
-        except BatonError as error:
-            click.echo(error.message, err=True)
-            sys.exit(1)
-        except KeyboardInterrupt:
-            sys.exit(130)
+        sys.exit(run(_own_fleet(model, flags), **options))
     if flags:
         name = next(iter(flags)).replace("_", "-")
         raise click.UsageError(f"--{name} is for a fleet of its own: give --model without --url.")

@@ -35,7 +35,7 @@ def private_fleet(config: ServeConfig) -> Iterator[str]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=bind_to_parent(),
+        preexec_fn=bind_to_parent(),  # noqa: PLW1509 - a system call, and no lock
     )
     url = f"http://{_HOST}:{port}"
     try:

@@ -26,6 +26,7 @@ from baton.gateway.defaults import SamplingDefaults
 from baton.types import SamplingParams
 
 _INT64 = 2**63
+_MAX_STOP_CHARS = 4096
 _MAX_STOP_STRINGS = 4
 _MAX_REQUEST_ID_CHARS = 256
 
@@ -61,9 +62,11 @@ TokenIds = Annotated[
     list[Annotated[int, Field(strict=True, ge=0, lt=2**32)]], Field(fail_fast=True)
 ]
 
-_STOP = {"type": "string", "minLength": 1}
+# The matcher's table is made on the event loop, in time that grows with the length.
+StopString = Annotated[StrictStr, Field(min_length=1, max_length=_MAX_STOP_CHARS)]
+_STOP = {"type": "string", "minLength": 1, "maxLength": _MAX_STOP_CHARS}
 StopStrings = Annotated[
-    list[NonEmpty],
+    list[StopString],
     BeforeValidator(as_list),
     Field(max_length=_MAX_STOP_STRINGS),
     WithJsonSchema(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from baton.errors import InvalidRequest
-from baton.gateway.fields import Bool, Fields, Float, Int, NonEmpty, Text, translated
+from baton.gateway.fields import Bool, Fields, Float, Int, NonEmpty, StopString, Text, translated
 from baton.gateway.openai import ChatCompletionRequest
 
 _MAX_MESSAGES = 2048
@@ -82,7 +82,7 @@ class MessagesRequest(CountTokensRequest):
     }
 
     max_tokens: Int
-    stop_sequences: list[NonEmpty] = Field([], max_length=_MAX_STOP_SEQUENCES)
+    stop_sequences: list[StopString] = Field([], max_length=_MAX_STOP_SEQUENCES)
     stream: Bool = False
     temperature: Annotated[Float, Field(ge=0, le=2)] | None = None
     top_p: Float | None = None

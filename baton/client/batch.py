@@ -1,4 +1,4 @@
-"""`baton run-batch`: a file of requests for a running fleet, its answers written as they come."""
+"""`baton run-batch`: a file of requests for a fleet, its answers written as they come."""
 
 import asyncio
 import json
@@ -6,6 +6,7 @@ import sys
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from baton.client.api import ApiClient, ApiError
 from baton.client.batch_file import BatchFileError, BatchRequest, open_output, read, scan
+from baton.errors import BatonError
 
 
 class _Stopped(Exception):
@@ -87,7 +89,7 @@ class BatchRun:
 
 
 def run_batch(
-    url: str,
+    server: str | AbstractContextManager[str],
     input_file: Path,
     output_file: Path,
     *,
@@ -101,9 +103,11 @@ def run_batch(
     some were refused or the server is gone, 2 = bad input, 130 = interrupted.
 
     Run it again to go on: nothing that was answered is asked again.
+
+    Args:
+        server: URL of a fleet, or what gives it, and is entered once the input is checked.
     """
     try:
-        client = ApiClient(url, api_key=api_key)
         lines = scan(input_file)
         output, done = open_output(output_file)
     except (BatchFileError, ValueError) as error:
@@ -112,17 +116,23 @@ def run_batch(
     left = [line for line in lines if line.custom_id not in done]
     before = Counter(done[line.custom_id] for line in lines if line.custom_id in done)
     num_done = before.total()
-    with output, tqdm(total=len(lines), initial=num_done, unit="req", disable=not use_tqdm) as bar:
-        run = BatchRun(client, output, model, patience_s)
-        requests = read(input_file, left)
-        try:
-            asyncio.run(_run(run, client, requests, max_inflight, bar))
-            problem = None
-        except (_Stopped, BatchFileError, ApiError) as error:
-            problem = str(error)
-        except KeyboardInterrupt:
-            problem = "interrupted"
-    return _report(run.outcomes, before, len(left), problem, output_file)
+    outcomes: Counter[str] = Counter()
+    problem = None
+    try:
+        with output, nullcontext(server) if isinstance(server, str) else server as url:
+            client = ApiClient(url, api_key=api_key)
+            run = BatchRun(client, output, model, patience_s)
+            outcomes = run.outcomes
+            requests = read(input_file, left)
+            with tqdm(total=len(lines), initial=num_done, unit="req", disable=not use_tqdm) as bar:
+                asyncio.run(_run(run, client, requests, max_inflight, bar))
+    except (_Stopped, BatchFileError, ApiError) as error:
+        problem = str(error)
+    except BatonError as error:
+        problem = error.message
+    except KeyboardInterrupt:
+        problem = "interrupted"
+    return _report(outcomes, before, len(left), problem, output_file)
 
 
 async def _run(

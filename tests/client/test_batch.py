@@ -1,13 +1,19 @@
 import json
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from baton.cli import main
 from baton.client import batch
 from baton.client.batch import run_batch
+from baton.config import ServeConfig
+from baton.private_fleet import private_fleet
 from tests.client.server import Answer, refusal, serving
 
 
@@ -32,7 +38,7 @@ def echo(path: str, body: dict[str, Any]) -> Answer:
     return Answer({"id": f"cmpl-{body['prompt']}", "choices": [{"text": body["prompt"]}]})
 
 
-def run(url: str, source: Path, output: Path, **options: Any) -> int:
+def run(url: str | AbstractContextManager[str], source: Path, output: Path, **options: Any) -> int:
     options = {"max_inflight": 4, "use_tqdm": False, "patience_s": 0.0} | options
     return run_batch(url, source, output, **options)
 
@@ -184,3 +190,36 @@ def test_files_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4
     assert other.read_text() == "not an output\n"
+
+
+def test_a_fleet_of_its_own(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", request("a"))
+    entered: list[str] = []
+
+    @contextmanager
+    def fleet(url: str) -> Iterator[str]:
+        entered.append("start")
+        yield url
+        entered.append("stop")
+
+    with serving(echo) as server:
+        assert run(fleet(server.url), source, tmp_path / "out.jsonl") == 0
+        assert entered == ["start", "stop"]
+        bad = write(tmp_path / "bad.jsonl", "nope")
+        assert run(fleet(server.url), bad, tmp_path / "none.jsonl") == 2
+        assert entered == ["start", "stop"], "the input is looked at first"
+
+
+def test_a_fleet_that_does_not_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "in.jsonl", request("a"))
+    fleet = private_fleet(ServeConfig(model=str(tmp_path / "nowhere"), device="cpu"))
+    assert run(fleet, source, tmp_path / "out.jsonl") == 1
+    assert "did not start" in capsys.readouterr().err
+
+
+def test_engine_options_need_a_fleet_of_its_own(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", request("a"))
+    files = ["-i", str(source), "-o", str(tmp_path / "out.jsonl")]
+    result = CliRunner().invoke(main, ["run-batch", *files, "--max-num-seqs", "4"])
+    assert result.exit_code == 2
+    assert "--max-num-seqs" in result.output

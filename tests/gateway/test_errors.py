@@ -74,6 +74,7 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
         ({"stop": ["a"] * 5}, "stop"),
         ({"stop": ["a"] * 10_000}, "stop"),
         ({"stop": [1]}, "stop"),
+        ({"stop": "x" * 4097}, "stop"),
         ({"stop_token_ids": [4096]}, "stop_token_ids"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"stop_token_ids": [1] * 1025}, "stop_token_ids"),

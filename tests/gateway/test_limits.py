@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from baton.errors import InvalidRequest
-from baton.gateway.body import parse_json
+from baton.gateway import strict_json
 from baton.gateway.limits import Keys
 from baton.gateway.message_fields import MessagesRequest
 from baton.gateway.openai import ChatCompletionRequest, CompletionRequest
@@ -45,6 +45,9 @@ def limits() -> LimitSettings:
         (b'{"temperature": -Infinity}', "Infinity"),
         (b'{"max_tokens": ' + b"9" * 5000 + b"}", "digits"),
         (b'{"prompt": "a", "prompt": "b"}', "twice"),
+        (b'{"prompt": ["\\ud83d\\\\\\ude00"]}', "surrogate"),
+        (b'{"temperature": 1e400}', "too large"),
+        (b'{"x": [-1e999]}', "too large"),
         (b'{"a": ' + b"[" * 9 + b"]" * 9 + b"}", "deeper"),
         (b"[" * 1500, "deeper"),
         (b'{"a":' * 300, "deeper"),
@@ -60,19 +63,39 @@ async def test_bodies(
 ) -> None:
     if len(body) > limits.max_body_bytes:
         with pytest.raises(InvalidRequest, match=says):
-            parse_json(body, limits.max_json_depth)
+            parse_json(body, depth=limits.max_json_depth)
         return
     response = await client.post(url, content=body, headers=JSON)
     assert says in error_of(response, 400)["message"]
 
 
+def parse_json(body: bytes, *, depth: int = 64, keys: int = 1000) -> Any:
+    return strict_json.parse_json(body, depth, keys)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 2, 3, 7, 1000])
+@given(st.text('ab"\\\\\\\\[{:]},', max_size=40), st.integers(0, 4))
+def test_pieces_do_not_matter(piece_bytes: int, text: str, extra: int) -> None:
+    value: Any = {text: [text, {"k": text}], "z": 1}
+    for _ in range(extra):
+        value = [value]
+    body = json.dumps(value).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strict_json, "MAX_BYTES_AT_ONCE", piece_bytes)
+        assert parse_json(body, depth=3 + extra, keys=3) == value
+        with pytest.raises(InvalidRequest, match="deeper"):
+            parse_json(body, depth=2 + extra)
+        with pytest.raises(InvalidRequest, match="keys"):
+            parse_json(body, keys=2)
+
+
 def test_brackets_in_strings_are_not_depth() -> None:
     value = {"a": "[" * 100, "b": '\\"[[[[[[[[[[', "c\\": ["{" * 50]}
-    assert parse_json(json.dumps(value).encode(), 3) == value
+    assert parse_json(json.dumps(value).encode(), depth=3) == value
 
 
 def test_surrogate_pairs_are_characters() -> None:
-    assert parse_json(b'{"a": "\\ud83d\\ude00"}', 3) == {"a": "\U0001f600"}
+    assert parse_json(b'{"a": "\\ud83d\\ude00"}') == {"a": "\U0001f600"}
 
 
 _SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
@@ -88,9 +111,9 @@ def test_strict_parsing_agrees_with_the_standard_parser(value: Any) -> None:
     text = json.dumps(value)
     if "NaN" in text or "Infinity" in text or "\\ud" in text:
         with contextlib.suppress(InvalidRequest):
-            assert json.dumps(parse_json(text.encode(), 64)) == text
+            assert json.dumps(parse_json(text.encode())) == text
     else:
-        assert json.dumps(parse_json(text.encode(), 64)) == text
+        assert json.dumps(parse_json(text.encode())) == text
 
 
 _GOOD: dict[str, dict[str, Any]] = {
