@@ -1,14 +1,17 @@
 """`draw_tokens` in numpy: each row by itself, and only the ids that can win get noise.
 
-One thread on purpose: a row's result must not depend on how many threads a worker has.
+A row is one thread's on purpose: its result must not depend on how many threads a worker has. The
+rows of a step are divided among them.
 """
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from baton.kernels.sampling import C1, C2, F1, F2, MASS_BITS, N1, Draw, rotl
@@ -27,7 +30,15 @@ _BUCKETS_PER_NAT = 64
 def draw_tokens_cpu(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     """See `draw_tokens`; logits on CPU."""
     rows = logits.numpy()
-    return [_draw(rows[draw.row], draw) for draw in draws]
+    num_threads = torch.get_num_threads()
+    if num_threads == 1 or sum(not draw.is_greedy for draw in draws) < 2:
+        return [_draw(rows[draw.row], draw) for draw in draws]
+    return list(_pool(num_threads).map(lambda draw: _draw(rows[draw.row], draw), draws))
+
+
+@lru_cache(maxsize=1)
+def _pool(num_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_threads, "baton-draw")
 
 
 def _draw(row: Floats, draw: Draw) -> int:
@@ -130,9 +141,10 @@ def _pick(logits: Floats, words: Words, draw: Draw) -> int:
     if not math.isfinite(reach):  # scores overflow at tiny temperatures
         return _best(logits, words, np.arange(len(logits)), draw)[0]
     least = np.uint32(_least_hash(reach))
-    near = logits >= np.float32((score - slack - MAX_NOISE) * draw.temperature)
-    if 4 * np.count_nonzero(near) < len(logits):
-        rest = np.flatnonzero(near)
+    nearest = np.float32((score - slack - MAX_NOISE) * draw.temperature)
+    some = logits[: len(logits) // 8]  # how many are near enough to win, at any hash
+    if 4 * np.count_nonzero(some >= nearest) < len(some):
+        rest = np.flatnonzero(logits >= nearest)
         rest = rest[token_hash(draw.key, words[rest]) >= least]
     else:
         rest = np.flatnonzero(token_hash(draw.key, words) >= least)

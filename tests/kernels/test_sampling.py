@@ -3,6 +3,7 @@ the tokens follow the distribution."""
 
 import os
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -46,6 +47,20 @@ def random_case(rng: random.Random) -> tuple[torch.Tensor, list[Draw]]:
 def test_numpy_equals_torch(seed: int) -> None:
     logits, draws = random_case(random.Random(seed))
     assert draw_tokens(logits, draws) == draw_tokens_torch(logits, draws)
+
+
+def test_rows_divided_among_threads_draw_what_one_thread_draws() -> None:
+    logits, draws = random_case(random.Random(1))
+    draws = [replace(draw, temperature=1.0) for draw in draws] * 5
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(draw_tokens(logits, draws))
+    finally:
+        torch.set_num_threads(threads)
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("vocab_size", [5, 1000, 3001])
