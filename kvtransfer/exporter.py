@@ -10,16 +10,18 @@ except packing and checksums, which run on the transfer thread of `KVMemory`.
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from baton.errors import BatonError, Cause
 from baton.grants import HashChain
 from baton.kvtransfer.base import Buffers, FetchOpen, Staging
 from baton.kvtransfer.frames import HEADER_BYTES, FrameWriter, covered
-from baton.kvtransfer.memory import KVMemory
 from baton.kvtransfer.progress import KVReady, ReadCursor
 from baton.kvtransfer.turns import Turns
 from baton.types import BlockId, KVRange
+
+if TYPE_CHECKING:  # it needs torch; what is here does not
+    from baton.kvtransfer.memory import KVMemory
 
 FRAME_BYTES = 2 << 20
 DEVICE_FRAME_BYTES = 4 << 20  # waiting for a device costs as much as copying half a MiB
@@ -139,7 +141,7 @@ class ExportGate(Protocol):
 class Exporter:
     """A `FrameSource` over one worker's KV."""
 
-    def __init__(self, memory: KVMemory, gate: ExportGate, frame_bytes: int | None = None) -> None:
+    def __init__(self, memory: "KVMemory", gate: ExportGate, frame_bytes: int | None = None) -> None:
         self._memory = memory
         self._gate = gate
         default = DEVICE_FRAME_BYTES if memory.is_on_device else FRAME_BYTES
@@ -163,7 +165,7 @@ class ExportAttachment:
 
     def __init__(
         self,
-        memory: KVMemory,
+        memory: "KVMemory",
         gate: ExportGate,
         feed: ExportFeed,
         where: KVRange,

@@ -3,11 +3,14 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from baton.errors import BatonError, Cause
 from baton.kvtransfer.frames import Frame, FrameKind, FrameReader, covered, is_small_end
-from baton.kvtransfer.memory import KVMemory
 from baton.types import BlockId, KVRange
+
+if TYPE_CHECKING:  # it needs torch; what is here does not
+    from baton.kvtransfer.memory import KVMemory
 
 INITIAL_RATE_BYTES_S = 50e6  # of a link nothing is known about
 _MIN_PATIENCE_S = 2.0
@@ -23,7 +26,7 @@ class Importer:
 
     def __init__(
         self,
-        memory: KVMemory,
+        memory: "KVMemory",
         block_ids: Sequence[BlockId],
         where: KVRange,
         rate_bytes_s: float = INITIAL_RATE_BYTES_S,

@@ -396,30 +396,35 @@ class LeaseTable:
         assert len(self._by_transfer) == len(self._leases)
         counts = self.counts
         num_ended = counts["expired"] + counts["evicted"] + counts["failed"] + counts["released"]
-        num_open = sum(lease.state is not LeaseState.CLOSING for lease in self._leases.values())
-        assert counts["opened"] == num_ended + num_open
-        if not self._leases:
-            for index in (self._by_epoch, self._by_key, self._pinned_blocks):
-                assert not index
-            return
-        pinned: Counter[BlockId] = Counter()
+        num_open = num_attachments = num_pending = 0
+        pinned: dict[BlockId, int] = {}
         for leg, lease in self._leases.items():
             assert lease.leg == leg
             assert self._by_transfer[lease.ticket.transfer_id] is lease
-            assert bool(lease.pending) <= (lease.state is LeaseState.PINNING)
-            assert all(self._by_epoch[epoch] is lease for epoch in lease.attachments)
-            assert all(self._by_key[key] is lease for key in lease.pending)
-            if lease.state in (LeaseState.RETAINED, LeaseState.PINNING):
-                assert not lease.attachments
-                assert lease.was_read or lease.first_tokens is not None
-            if lease.state is LeaseState.CLOSING:
-                assert lease.attachments
-                assert all(a.is_cut for a in lease.attachments.values())
+            num_open += lease.state is not LeaseState.CLOSING
+            num_attachments += len(lease.attachments)
+            num_pending += len(lease.pending)
+            self._check_lease(lease)
             if lease.state is not LeaseState.RETAINED:
-                pinned.update(lease.block_ids)
-        assert pinned == self._pinned_blocks
-        assert len(self._by_epoch) == sum(len(x.attachments) for x in self._leases.values())
-        assert len(self._by_key) == sum(len(x.pending) for x in self._leases.values())
+                for block_id in lease.block_ids:
+                    pinned[block_id] = pinned.get(block_id, 0) + 1
+        assert counts["opened"] == num_ended + num_open
+        assert pinned == dict(self._pinned_blocks)
+        assert len(self._by_epoch) == num_attachments
+        assert len(self._by_key) == num_pending
+
+    def _check_lease(self, lease: _Lease) -> None:
+        for epoch, attachment in lease.attachments.items():
+            assert self._by_epoch[epoch] is lease
+            assert attachment.is_cut or lease.state is not LeaseState.CLOSING
+        for key in lease.pending:
+            assert self._by_key[key] is lease
+            assert lease.state is LeaseState.PINNING
+        if lease.state is LeaseState.CLOSING:
+            assert lease.attachments
+        elif lease.state is not LeaseState.PINNED:
+            assert not lease.attachments
+            assert lease.was_read or lease.first_tokens is not None
 
 
 def patience_ms(stall_ms: int, pace_ms: int) -> int:

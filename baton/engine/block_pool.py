@@ -13,9 +13,10 @@ where there are any, and a little apart from what is in use, so that a sequence'
 side by side: attention on CPU then reads them through one view.
 """
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
+from itertools import compress
 
 from baton.engine.prefix_cache import PrefixCache
 from baton.types import BlockHash, BlockId, LegId
@@ -189,19 +190,33 @@ class BlockPool:
         Raises:
             AssertionError: a leak, a double use, or maps that disagree.
         """
-        expected = Counter(num_owners)
+        expected = dict(num_owners)
         for blocks in (*self._quarantine.values(), *self._pins.values()):
-            expected.update(blocks)
-        for block in map(BlockId, range(self.num_blocks)):
-            refs = self._num_refs[block]
-            owned = expected.get(block, 0)
-            assert refs == owned, f"block {block}: {refs} references, {owned}"
-            places = bool(self._unused[block]) + (block in self._evictable) + (refs > 0)
-            assert places == 1, f"block {block} is in {places} places"
+            for block in blocks:
+                expected[block] = expected.get(block, 0) + 1
+        owned = [0] * self.num_blocks
+        for block, refs in expected.items():
+            owned[block] = refs
+        if owned != self._num_refs:
+            pairs = enumerate(zip(self._num_refs, owned, strict=True))
+            wrong = [f"block {i}: {refs} references, {held}" for i, (refs, held) in pairs if refs != held]
+            raise AssertionError(", ".join(wrong))
+        for block in self._evictable:
             useful = self.cache.is_ready(block) or block in self._retainers
-            assert not self._unused[block] or not useful, f"block {block} is unused but useful"
-            assert block not in self._evictable or useful, f"block {block} is kept for nothing"
-            assert refs or not self.cache.is_pending(block), f"block {block}: pending, unowned"
+            assert useful, f"block {block} is kept for nothing"
+            assert block not in expected, f"block {block} is owned and evictable"
+        unused = set(compress(range(self.num_blocks), self._unused))
+        for what, elsewhere in (
+            ("owned", expected.keys()),
+            ("evictable", self._evictable.keys()),
+            ("useful", self.cache.known_blocks()),
+            ("useful", self._retainers.keys()),
+        ):
+            assert unused.isdisjoint(elsewhere), f"blocks are unused and {what}"
+        # Nothing is in two places, so that this leaves none that is nowhere.
+        num_placed = len(unused) + len(expected) + len(self._evictable)
+        assert num_placed == self.num_blocks, "a block is nowhere"
+        assert self.cache.pending_blocks() <= expected.keys(), "a block is pending, and unowned"
         assert self._num_unused == sum(self._unused)
         retainers: dict[BlockId, set[LegId]] = {}
         for leg, kept in self._retained.items():

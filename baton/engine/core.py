@@ -9,9 +9,9 @@ Pure and synchronous: no thread, no I/O, no torch, and the clock is passed in.
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 
 from baton.engine.batch import NOT_FINITE, OnLayers, Runner, Sampled
 from baton.engine.block_pool import BlockPool
@@ -168,11 +168,12 @@ class EngineCore:
         Raises:
             AssertionError: a block leaks or has two owners, or a sequence is not where it belongs.
         """
-        owners: Counter[BlockId] = Counter()
+        owners: dict[BlockId, int] = {}
         queued = set()
         for leg in self._legs:
             for seq in leg.sequences():
-                owners.update(seq.block_ids + seq.reserve)
+                for block in chain(seq.block_ids, seq.reserve):
+                    owners[block] = owners.get(block, 0) + 1
                 if seq.status in (SequenceStatus.WAITING_FOR_KV, SequenceStatus.HELD):
                     continue
                 queued.add(seq.seq_id)

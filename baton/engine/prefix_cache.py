@@ -9,7 +9,7 @@ A pending block has a writer. Others who need the same prefix share the block an
 its writer abandons it, the next one to arrive there claims it and computes it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from collections.abc import Sequence as Seq
 
 from baton.engine.sequence import Sequence
@@ -131,12 +131,20 @@ class PrefixCache:
         """Everything that is stored now: the sum of all changes so far."""
         return tuple(self._num_holders)
 
+    def known_blocks(self) -> Set[BlockId]:
+        """Those that are ready or pending."""
+        return self._hashes.keys()
+
+    def pending_blocks(self) -> Set[BlockId]:
+        return self._writers.keys()
+
     def check_integrity(self) -> None:
         """Raises AssertionError when the maps disagree."""
-        assert {h[-1]: b for b, h in self._hashes.items()} == self._blocks, "names and blocks"
+        assert len(self._blocks) == len(self._hashes), "names and blocks"
         assert self._writers.keys() <= self._hashes.keys(), "a pending block without a name"
         holders: dict[BlockHash, int] = {}
         for block, hashes in self._hashes.items():
+            assert self._blocks.get(hashes[-1]) == block, "names and blocks"
             assert len(hashes) == self.hashes_per_block
             for value in hashes if block not in self._writers else ():
                 holders[value] = holders.get(value, 0) + 1

@@ -11,6 +11,7 @@ those that wait in one order. Who decodes and finds no block preempts the last i
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence as Seq
+from itertools import pairwise
 
 from baton.engine.admission import Admission
 from baton.engine.block_pool import BlockPool
@@ -258,13 +259,22 @@ class Scheduler:
             AssertionError: a sequence is in no queue, in two, or in the wrong one.
         """
         queues = (self.waiting, self.ready, self.running)
-        assert sorted(queued) == sorted(seq.seq_id for queue in queues for seq in queue)
+        found = [seq.seq_id for queue in queues for seq in queue]
+        assert len(found) == len(queued)
+        assert queued.issuperset(found)
+        assert len(set(found)) == len(found)
         for queue in queues:
-            assert [seq.order for seq in queue] == sorted(seq.order for seq in queue)
+            for before, seq in pairwise(queue):
+                assert before.order <= seq.order
         assert len(self.running) <= self._config.max_num_seqs
-        assert all(seq.status is SequenceStatus.RUNNING for seq in self.running)
-        assert all(not seq.block_ids and not seq.reserve for seq in self.waiting)
-        assert all(seq.block_ids for seq in self.ready + self.running)
+        for seq in self.running:
+            assert seq.status is SequenceStatus.RUNNING
+            assert seq.block_ids
+        for seq in self.ready:
+            assert seq.block_ids
+        for seq in self.waiting:
+            assert not seq.block_ids
+            assert not seq.reserve
         assert self.num_waiting_tokens == sum(seq.num_tokens for seq in self.waiting)
 
 

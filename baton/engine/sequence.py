@@ -128,7 +128,8 @@ class Sequence:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        return self.num_tokens - self.num_computed_tokens
+        num_prompt = len(self.leg.request.prompt_token_ids)
+        return num_prompt + len(self.output_token_ids) - self.num_computed_tokens
 
     @property
     def is_trunk(self) -> bool:
@@ -137,7 +138,7 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """Only its newest token is to run, and that is an output token."""
-        return self.num_uncomputed_tokens == 1 and bool(self.output_token_ids)
+        return bool(self.output_token_ids) and self.num_uncomputed_tokens == 1
 
     def tokens(self, start: int, stop: int) -> Seq[int]:
         """Ids [start, stop) of prompt ‖ output."""

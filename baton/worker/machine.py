@@ -413,6 +413,8 @@ class WorkerMachine:
         self.consumer.check_integrity()
         self.prefixes.reservations.check_integrity()
         self.pins.table.check_integrity()
-        legs = [*self.producer, *self.consumer]
-        assert len(set(legs)) == len(legs), "a leg is on both sides"
-        assert all(self._owner(leg) in self._sessions for leg in legs), "a leg is nobody's"
+        for leg in self.producer:
+            assert leg not in self.consumer, "a leg is on both sides"
+            assert self.producer.session_of(leg) in self._sessions, "a leg is nobody's"
+        for leg in self.consumer:
+            assert self.consumer.session_of(leg) in self._sessions, "a leg is nobody's"

@@ -322,4 +322,4 @@ class ProducerSide:
         """Asserts every invariant; for tests and idle workers."""
         self.leases.check_integrity()
         for record in self._legs.values():
-            assert not record.awaited & set(record.first_tokens)
+            assert record.awaited.isdisjoint(record.first_tokens)
