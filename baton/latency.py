@@ -96,7 +96,7 @@ class LatencyModel:
             timing.num_decodes,
             timing.context_tokens,
         )
-        error = abs(self._dot(row) / timing.duration_ms - 1.0)
+        error = abs(_dot(self._coefficients, row) / timing.duration_ms - 1.0)
         trusted = self.evidence > _EARLY
         weight = _HUBER / error if trusted and error > _HUBER else 1.0
         self._accumulate([x / timing.duration_ms for x in row], weight)
@@ -140,21 +140,16 @@ class LatencyModel:
         return self._predict(0, 0, max(batch, 0), max(context_tokens, 0)) if batch > 0 else 0.0
 
     def _predict(self, prefill: float, cached: float, decodes: float, context: float) -> float:
-        self._fitted()
-        return self._dot(_features(prefill, cached, decodes, context))
-
-    def _dot(self, row: Sequence[float]) -> float:
-        return sum(c * x for c, x in zip(self._coefficients, row, strict=True))
+        return _dot(self._fitted(), _features(prefill, cached, decodes, context))
 
     def _accumulate(self, row: Sequence[float], weight: float) -> None:
-        for i in range(NUM_FEATURES):
-            gram = self._gram[i]
+        forgetting = self.forgetting
+        for i, gram in enumerate(self._gram):
             scaled = weight * row[i]
-            for j in range(NUM_FEATURES):
-                gram[j] = self.forgetting * gram[j] + scaled * row[j]
+            gram[:] = [forgetting * old + scaled * x for old, x in zip(gram, row, strict=True)]
             # Every duration is scaled to 1, so that the relative error is what is minimised.
-            self._moment[i] = self.forgetting * self._moment[i] + scaled
-        self.evidence = self.forgetting * self.evidence + 1.0
+            self._moment[i] = forgetting * self._moment[i] + scaled
+        self.evidence = forgetting * self.evidence + 1.0
         self._unfitted += 1
 
     def _fitted(self) -> Sequence[float]:
@@ -169,13 +164,21 @@ class LatencyModel:
             return self._coefficients
         self._unfitted = 0
         c = self._coefficients
+        rows = []
+        for i, prior in enumerate(self.prior.coefficients):
+            ridge = self.prior.strength / max(prior, 1e-12) ** 2
+            gram = self._gram[i]
+            others = (*gram[:i], 0.0, *gram[i + 1 :])
+            rows.append((i, others, self._moment[i], ridge * prior, gram[i] + ridge))
         for _ in range(_SWEEPS):
-            for i, prior in enumerate(self.prior.coefficients):
-                ridge = self.prior.strength / max(prior, 1e-12) ** 2
-                others = sum(self._gram[i][j] * c[j] for j in range(NUM_FEATURES) if j != i)
-                step = (self._moment[i] - others + ridge * prior) / (self._gram[i][i] + ridge)
-                c[i] = max(step, 0.0)
+            for i, others, moment, pull, curvature in rows:
+                c[i] = max((moment - _dot(others, c) + pull) / curvature, 0.0)
         return c
+
+
+def _dot(a: Sequence[float], b: Sequence[float]) -> float:
+    """Written out: it is most of what a fit and a prediction cost."""
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3] + a[4] * b[4]
 
 
 @dataclass(slots=True)

@@ -89,11 +89,11 @@ class Worker:
         """Heartbeats come, steps do not (liveness is not progress). A pooling worker, whose steps
         are as long as its inputs, finds that out itself, and gives up what it has."""
         snapshot = self.snapshot
-        if self.role is Role.POOLING:
+        if self.role is Role.POOLING or snapshot.step_age_ms <= STUCK_MS:
             return False
         predicted = self.latency.decode_step_ms(snapshot.num_running, snapshot.context_tokens)
         predicted += self.latency.prefill_ms(min(snapshot.queued_prefill_tokens, 4096))
-        return snapshot.step_age_ms > max(STUCK_MS, 5 * predicted)
+        return snapshot.step_age_ms > 5 * predicted
 
     def view(self) -> WorkerView:
         is_draining = self.snapshot.draining and self.state is WorkerState.UP
@@ -162,7 +162,7 @@ class Fleet:
     """Every worker with a session, and the links between them."""
 
     def __init__(self) -> None:
-        self._workers: dict[str, Worker] = {}
+        self._workers: dict[str, Worker] = {}  # in the order of their ids
         self._links: dict[tuple[str, str], Link] = {}
         # Transfers under way: leg on D → (link, bytes that the link was told to expect).
         self._transfers: dict[LegId, tuple[Link, int]] = {}
@@ -170,7 +170,7 @@ class Fleet:
 
     def __iter__(self) -> Iterator[Worker]:
         """In the order of their ids, so that ties are broken the same way everywhere."""
-        return iter(sorted(self._workers.values(), key=lambda worker: worker.worker_id))
+        return iter(self._workers.values())
 
     def get(self, worker_id: str) -> Worker | None:
         return self._workers.get(worker_id)
@@ -204,6 +204,8 @@ class Fleet:
             worker.prefilled_at_ms = known.prefilled_at_ms
             worker.decoded_at_ms = known.decoded_at_ms
         self._workers[info.worker_id] = worker
+        if known is None:
+            self._workers = dict(sorted(self._workers.items()))
         return worker
 
     def lost(self, worker_id: str) -> None:

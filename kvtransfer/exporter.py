@@ -141,7 +141,9 @@ class ExportGate(Protocol):
 class Exporter:
     """A `FrameSource` over one worker's KV."""
 
-    def __init__(self, memory: "KVMemory", gate: ExportGate, frame_bytes: int | None = None) -> None:
+    def __init__(
+        self, memory: "KVMemory", gate: ExportGate, frame_bytes: int | None = None
+    ) -> None:
         self._memory = memory
         self._gate = gate
         default = DEVICE_FRAME_BYTES if memory.is_on_device else FRAME_BYTES

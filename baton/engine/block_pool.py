@@ -199,7 +199,9 @@ class BlockPool:
             owned[block] = refs
         if owned != self._num_refs:
             pairs = enumerate(zip(self._num_refs, owned, strict=True))
-            wrong = [f"block {i}: {refs} references, {held}" for i, (refs, held) in pairs if refs != held]
+            wrong = [
+                f"block {i}: {refs} references, {held}" for i, (refs, held) in pairs if refs != held
+            ]
             raise AssertionError(", ".join(wrong))
         for block in self._evictable:
             useful = self.cache.is_ready(block) or block in self._retainers

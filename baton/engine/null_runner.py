@@ -14,12 +14,13 @@ from baton.engine.stopping import check_stop
 from baton.types import BlockId, Logprobs, SamplingParams
 
 _MASK = (1 << 61) - 1  # a prime: Python hashes integers below it to themselves
+_GOLDEN, _FACTOR = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
 _START = 0x5EED
 _EMPTY = -2  # a slot that nobody has written
 
 
 def _mix(a: int, b: int) -> int:
-    return ((a ^ (b + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9 + (a >> 29)) & _MASK
+    return ((a ^ (b + _GOLDEN)) * _FACTOR + (a >> 29)) & _MASK
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,9 @@ class NullModel:
     def chain(self, value: int | None, token_ids: Iterable[int]) -> list[int]:
         """Slot values of `token_ids`, which follow the slot value `value` (None = nothing)."""
         value, values = _START if value is None else value, []
-        for token_id in token_ids:
-            value = _mix(value, token_id)
+        for token_id in token_ids:  # _mix, without a call for each
+            mixed = (value ^ (token_id + _GOLDEN)) * _FACTOR + (value >> 29)
+            value = mixed & _MASK
             values.append(value)
         return values
 
@@ -104,9 +106,10 @@ class NullRunner:
             copied = [slots[source * size : (source + 1) * size] for source, _ in batch.copies]
             for (_, target), values in zip(batch.copies, copied, strict=True):
                 slots[target * size : (target + 1) * size] = values
+        chains: dict[int, tuple[int | None, list[int]]] = {}
         for layer in range(self.num_layers):
             for row in batch.rows:
-                self.import_kv(row.block_ids, row.start, self._values(row, layer), layer)
+                self.import_kv(row.block_ids, row.start, self._values(row, layer, chains), layer)
             if on_layers is not None:
                 on_layers(layer + 1)
         self.num_tokens_computed += batch.num_tokens
@@ -117,12 +120,19 @@ class NullRunner:
         scored = (Sampled(token_id, Logprobs(-1.0, 1, ())) for token_id in targets)
         return (*scored, *self._sample(row))
 
-    def _values(self, row: ScheduledRow, layer: int) -> list[int]:
-        """What a row adds to a layer."""
+    def _values(
+        self, row: ScheduledRow, layer: int, chains: dict[int, tuple[int | None, list[int]]]
+    ) -> list[int]:
+        """What a row adds to a layer. `chains`: of each row, what another layer's last slot led to;
+        unless something is wrong all layers say the same."""
         last = None
         if row.start:
-            last = self.export_kv(row.block_ids, row.start - 1, row.start, layer)[0] - layer
-        return [value + layer for value in self.model.chain(last, row.token_ids)]
+            block = row.block_ids[(row.start - 1) // self.block_size]
+            slot = block * self.block_size + (row.start - 1) % self.block_size
+            last = self._layers[layer][slot] - layer
+        if row.row_id not in chains or chains[row.row_id][0] != last:
+            chains[row.row_id] = last, self.model.chain(last, row.token_ids)
+        return [value + layer for value in chains[row.row_id][1]]
 
     def _sample(self, row: ScheduledRow) -> tuple[Sampled, ...]:
         context = self.export_kv(row.block_ids, 0, row.num_context_tokens)
@@ -137,12 +147,12 @@ class NullRunner:
     ) -> list[int]:
         """The "KV" of tokens [start, stop) of a sequence with these blocks."""
         values: list[int] = []
-        size = self.block_size
-        for index in range(start // size, -(-stop // size)):
+        size, slots = self.block_size, self._layers[layer]
+        first = start // size
+        for index in range(first, -(-stop // size)):
             base = block_ids[index] * size
-            low, high = max(start - index * size, 0), min(stop - index * size, size)
-            values += self._layers[layer][base + low : base + high]
-        return values
+            values += slots[base : base + size]
+        return values[start - first * size : stop - first * size]
 
     def import_kv(
         self, block_ids: Sequence[BlockId], start: int, values: Sequence[int], layer: int = 0

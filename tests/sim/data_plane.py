@@ -14,7 +14,6 @@ from baton.kvtransfer.effects import AttachGranted
 from baton.kvtransfer.exporter import next_parts
 from baton.kvtransfer.frames import HEADER_BYTES, FrameWriter, covered
 from baton.kvtransfer.importer import Importer
-from baton.kvtransfer.memory import KVMemory
 from baton.kvtransfer.progress import KVReady, ReadCursor
 from baton.types import BlockId, KVLayout, KVRange, LegId, TokenChunk, TransferStats
 from baton.v1 import kv_pb2
@@ -23,6 +22,7 @@ from baton.worker.effects import FetchKV
 from tests.sim.world import Conn
 
 if TYPE_CHECKING:
+    from baton.kvtransfer.memory import KVMemory
     from tests.sim.worker import SimWorker
 
 T = TypeVar("T")

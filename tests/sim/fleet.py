@@ -149,7 +149,7 @@ class SimFleet:
     def _arrive(self, gateway: SimGateway, client: Client) -> None:
         """A client connects; to a gateway that is down it comes again later."""
         if gateway.is_alive:
-            self.world.log(gateway.name, f"{client.request}")
+            self.world.log(gateway.name, client.request)
             gateway.clients[client.request.request_id] = client
             self.world.after(0.0, gateway, gateway.open, client)
         else:
@@ -298,7 +298,7 @@ class SimFleet:
             self.world.after(50.0, None, self._restart, worker)
 
     def _count(self, kind: str, what: str) -> None:
-        self.world.log("----", f"{kind} {what}")
+        self.world.log("----", kind, what)
         self.stats.faults[kind] += 1
         self.stats.num_breaks += 1
 
@@ -313,7 +313,7 @@ class SimFleet:
         self.stats.num_corrupted += 1
         self.stats.faults["corrupt"] += 1
         self.stats.faults[kind] += 1
-        self.world.log("----", f"{kind} a frame of {len(data)} bytes")
+        self.world.log("----", kind, "a frame of", len(data), "bytes")
         match kind:
             case "flip":
                 return [self._flip(data), *after], None

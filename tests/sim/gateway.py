@@ -48,7 +48,7 @@ class _Session:
             assert isinstance(message, StepBatch)
             for item in message.messages:
                 gateway.fleet.stats.messages[type(item).__name__] += 1
-                gateway.world.log(gateway.name, f"← {self.worker_id} {item}")
+                gateway.world.log(gateway.name, "←", self.worker_id, item)
                 gateway.tell_migration(type(item).__name__, item.leg)
                 gateway.fleet.strike(gateway, f"gateway {type(item).__name__}")
             gateway.dispatcher.received(self.worker_id, message, gateway.world.now)
@@ -147,7 +147,7 @@ class SimGateway(Node):
 
     def _send(self, worker_id: str, message: GatewayMessage) -> None:
         self.fleet.stats.messages[type(message).__name__] += 1
-        self.world.log(self.name, f"→ {worker_id} {message}")
+        self.world.log(self.name, "→", worker_id, message)
         if not isinstance(message, Heartbeat):
             self.tell_migration(type(message).__name__, message.leg)
             self.fleet.strike(self, f"gateway {type(message).__name__}")
@@ -157,6 +157,8 @@ class SimGateway(Node):
 
     def tell_migration(self, kind: str, leg: LegId) -> None:
         """What is sent last about a migration is sent when its machine has forgotten it."""
+        if self.fleet.plan.move_strike is None:
+            return
         machine = self.dispatcher.machines.get(leg.request_id)
         migration = None if machine is None else machine._migration
         if migration is not None and migration.lease is not None:
@@ -193,7 +195,7 @@ class SimGateway(Node):
         self.set_timer()
 
     def _deliver(self, request_id: str, effect: Emit | Ended) -> None:
-        self.world.log(self.name, f"{request_id} {effect}")
+        self.world.log(self.name, request_id, effect)
         client = self.clients[request_id]
         if isinstance(effect, Ended):
             client.ended(effect, self)
@@ -224,7 +226,7 @@ class SimGateway(Node):
 
     def check(self) -> None:
         for machine in self.dispatcher.machines.values():
-            assert machine.num_defects == 0, "a leg produced another token than was committed"
+            assert not machine.num_defects, "a leg produced another token than was committed"
             check_not_silent(machine)
 
     def check_clean(self) -> None:

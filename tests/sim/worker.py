@@ -74,7 +74,9 @@ class SlowRunner(NullRunner):
         super().__init__(num_blocks, block_size, model, NUM_LAYERS)
         self.num_layers_run = 0
         self._is_running = False
-        self._writes: list[tuple[int, list[BlockId], int, list[int]]] = []
+        # Of the steps that run: (layer, blocks, first token, its KV), and what was there before.
+        self._writes: list[tuple[int, list[BlockId], int, Sequence[int]]] = []
+        self._before: list[tuple[int, list[BlockId], int, Sequence[int]]] = []
 
     def run(
         self, batch: Batch, on_layers: OnLayers | None = None
@@ -87,24 +89,30 @@ class SlowRunner(NullRunner):
                 self.is_armed = False
                 raise RuntimeError("injected")
 
-        before = [slots.copy() for slots in self._layers]
         self.num_layers_run, self._is_running = 0, True
         try:
             return super().run(batch, layer_done)
         finally:
             self._is_running = False
-            self._layers = before
-            if batch.copies:
-                super().run(Batch((), batch.copies))
+            while self._before:
+                layer, block_ids, start, values = self._before.pop()
+                super().import_kv(block_ids, start, values, layer)
 
     def import_kv(
         self, block_ids: Sequence[BlockId], start: int, values: Sequence[int], layer: int = 0
     ) -> None:
         if self._is_running:
-            self._writes.append((layer, list(block_ids), start, list(values)))
+            blocks, before = (
+                list(block_ids),
+                self.export_kv(block_ids, start, start + len(values), layer),
+            )
+            self._writes.append((layer, blocks, start, values))
+            self._before.append((layer, blocks, start, before))
         super().import_kv(block_ids, start, values, layer)
 
     def write_layer(self, layer: int) -> None:
+        if not self._writes:
+            return
         due = [write for write in self._writes if write[0] == layer]
         self._writes = [write for write in self._writes if write[0] != layer]
         for _, block_ids, start, values in due:

@@ -43,9 +43,9 @@ class World:
     def now_ms(self) -> int:
         return int(self.now)
 
-    def log(self, who: str, what: object) -> None:
+    def log(self, who: str, *what: object) -> None:
         if self._trace is not None:
-            self._trace(f"{self.now:9.2f}  {who:4}  {what}")
+            self._trace(f"{self.now:9.2f}  {who:4}  {' '.join(map(str, what))}")
 
     def after(self, ms: float, node: Node | None, call: Callable[..., None], *args: Any) -> None:
         self.at(self.now + ms, node, call, *args)
