@@ -5,16 +5,30 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
+# Tests side by side: one more than there are cores, for some of them wait.
+JOBS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+# Each of the many processes that a suite starts would compile all of Baton.
+export PYTHONDONTWRITEBYTECODE :=
+
+# The whole suite, or with ARGS only what they say: fleets of real processes have the machine to
+# themselves, all else runs side by side. $(1): marks to choose by.
+define suite
+$(if $(ARGS),\
+$(BIN)/python -m pytest $(1) $(ARGS),\
+$(BIN)/python -m pytest $(1) --ignore tests/e2e -n $(JOBS) --dist worksteal --durations 15 && \
+$(BIN)/python -m pytest $(1) tests/e2e --durations 15)
+endef
+
 .PHONY: serve test test-slow test-gpu test-contract test-compose install dev lint protos clean
 
 serve: install
 	@exec $(BIN)/baton serve $(ARGS)
 
 test: dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(call suite)
 
 test-slow: dev
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(call suite,-m slow)
 
 # On a machine with a CUDA device: are tokens and payloads right, then how fast.
 test-gpu: dev

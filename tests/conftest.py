@@ -10,6 +10,8 @@ from pathlib import Path
 
 # Read when triton is first imported, by whichever test module comes first.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: each with one thread
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 import pytest
 from redis.asyncio import Redis

@@ -8,9 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 from baton.engine.model_config import ModelConfig
 from baton.errors import InvalidRequest
 
@@ -36,6 +33,9 @@ def resolve_checkpoint(model: str, revision: str | None, *, weights: bool) -> Pa
         return path
     if path.exists() or model.startswith(("/", ".", "~")):
         raise InvalidRequest(f"{model} is not a directory", "model")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     patterns = _CONFIG_FILES + (_WEIGHT_FILES if weights else [])
     try:
         found = snapshot_download(

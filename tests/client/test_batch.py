@@ -150,7 +150,10 @@ def test_an_interrupt_keeps_what_is_done(
 
 
 def _interrupt() -> None:
-    signal.raise_signal(signal.SIGINT)
+    # To the thread that waits: one sent to another ends no wait.
+    main = threading.main_thread().ident
+    assert main is not None
+    signal.pthread_kill(main, signal.SIGINT)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,14 @@ def make_fleet() -> FleetMaker:
 
 
 @pytest.fixture(scope="session")
+def plain_fleet() -> Iterator[Fleet]:
+    """For all modules that need no other, and leave it as they found it."""
+    with start_fleet("prefill-0", "decode-0") as fleet:
+        fleet.wait_workers("prefill-0", "decode-0")
+        yield fleet
+
+
+@pytest.fixture(scope="session")
 def oracle() -> Iterator[Callable[[list[int], SamplingParams], dict[int, list[int]]]]:
     """The same request in one process, alone: choice → token ids."""
     llm = LLM(

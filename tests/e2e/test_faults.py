@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from harness import bearable_silence_s
+from harness import bearable_silence_s, free_port
 
 from baton import SamplingParams
 
@@ -44,17 +44,24 @@ def base(make_fleet) -> Iterator[Any]:
 
 @pytest.fixture
 def fleet(base) -> Any:
-    """Whole again, after whatever the last test has done to it."""
-    for name in [*base.processes]:
-        if name not in (*WORKERS, "redis", "gateway"):
-            base.kill(name)
-    for name in WORKERS:
+    return with_workers(base, *WORKERS)
+
+
+def with_workers(base, *names: str) -> Any:
+    """The fleet with these at least, after whatever the last test has done to it."""
+    for name in names:
         if name not in base.processes:
             base.start_worker(name)
         base.cont(name)
     base.wait_ready()
-    base.wait_workers(*WORKERS)
+    base.wait_workers(*names)
     return base
+
+
+def without(fleet, *names: str) -> None:
+    for name in names:
+        if name in fleet.processes:
+            fleet.kill(name)
 
 
 def busy_worker(fleet, role: str) -> str:
@@ -64,6 +71,9 @@ def busy_worker(fleet, role: str) -> str:
     busiest = max(workers, key=lambda w: (w["load"]["context_tokens"], w["load"]["leases"]))
     assert busiest["load"]["running"] or busiest["load"]["leases"], fleet.cluster()
     return str(busiest["worker_id"])
+
+
+# A worker's start takes longer than most tests: what one has killed, the next can do without.
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
@@ -112,49 +122,6 @@ def test_a_prefill_worker_is_lost_after_the_hand_over(fleet, oracle, how: str) -
     fleet.assert_no_leak()
 
 
-def test_all_prefill_workers_gone_decode_workers_prefill(fleet, oracle) -> None:
-    fleet.kill("prefill-0")
-    fleet.kill("prefill-1")
-    before = fleet.metric("baton_local_prefills_total")
-    result = fleet.complete({"prompt": prompt(3), **BODY})
-    assert result.token_ids == oracle(prompt(3), params())
-    assert fleet.metric("baton_local_prefills_total") == before + 1
-    fleet.assert_no_leak()
-
-
-def test_all_decode_workers_gone_prefill_workers_decode(fleet, oracle) -> None:
-    fleet.kill("decode-0")
-    fleet.kill("decode-1")
-    result = fleet.complete({"prompt": prompt(4), **BODY})
-    assert result.token_ids == oracle(prompt(4), params())
-    fleet.assert_no_leak()
-
-
-def test_everything_gone_is_503_with_retry_after_at_once(fleet) -> None:
-    for name in ("prefill-0", "prefill-1", "decode-0", "decode-1"):
-        fleet.kill(name)
-    deadline = time.monotonic() + 10
-    status = 200
-    while status == 200 and time.monotonic() < deadline:
-        answer = fleet.client.post("/v1/completions", json={"prompt": prompt(5), **BODY})
-        status = answer.status_code
-    assert status == 503
-    assert int(answer.headers["retry-after"]) >= 1
-    assert answer.json()["error"]["type"]
-
-
-def test_redis_dies_and_comes_back_empty(fleet, oracle) -> None:
-    fleet.kill("redis")
-    result = fleet.complete({"prompt": prompt(6), **BODY})
-    assert result.token_ids == oracle(prompt(6), params())
-    fleet.start_redis()
-    result = fleet.complete({"prompt": prompt(7), **BODY})
-    assert result.token_ids == oracle(prompt(7), params())
-    fleet.start_worker("decode-2")  # a newcomer is found: membership works again
-    fleet.wait_workers("decode-2", "prefill-0", "decode-0")
-    fleet.assert_no_leak()
-
-
 def test_a_client_that_leaves_frees_everything(fleet) -> None:
     for num_lines in (0, 1, 10):
         body = {"prompt": prompt(8 + num_lines, 400), **BODY, "max_tokens": 500, "stream": True}
@@ -194,25 +161,6 @@ def test_the_gateway_is_killed_under_streams_and_workers_clean_up(fleet) -> None
     fleet.assert_no_leak()
 
 
-def test_a_worker_restarts_on_the_same_port(make_fleet, oracle) -> None:
-    import harness
-
-    port = str(harness.free_port())
-    with make_fleet("decode-0") as fleet:
-        fleet.start_worker("prefill-0", BATON_WORKER_PORT=port)
-        fleet.wait_workers("prefill-0", "decode-0")
-        first = fleet.complete({"prompt": prompt(30), **BODY})
-        fleet.kill("prefill-0")
-        fleet.start_worker("prefill-0", BATON_WORKER_PORT=port)
-        fleet.wait_workers("prefill-0")
-        before = fleet.metric("baton_remote_prefills_total")
-        second = fleet.complete({"prompt": prompt(31), **BODY})
-        assert first.token_ids == oracle(prompt(30), params())
-        assert second.token_ids == oracle(prompt(31), params())
-        assert fleet.metric("baton_remote_prefills_total") == before + 1
-        fleet.assert_no_leak()
-
-
 def test_a_worker_told_to_end_drains(fleet, oracle) -> None:
     codes: list[int] = []
     thread: list[threading.Thread] = []
@@ -229,3 +177,67 @@ def test_a_worker_told_to_end_drains(fleet, oracle) -> None:
     assert result.error is None
     assert result.token_ids == oracle(prompt(40), params(max_tokens=200))
     fleet.assert_no_leak()
+
+
+def test_all_prefill_workers_gone_decode_workers_prefill(fleet, oracle) -> None:
+    fleet.kill("prefill-0")
+    fleet.kill("prefill-1")
+    before = fleet.metric("baton_local_prefills_total")
+    result = fleet.complete({"prompt": prompt(3), **BODY})
+    assert result.token_ids == oracle(prompt(3), params())
+    assert fleet.metric("baton_local_prefills_total") == before + 1
+    fleet.assert_no_leak()
+
+
+def test_a_worker_restarts_on_the_same_port(base, oracle) -> None:
+    port = str(free_port())
+    fleet = with_workers(base, "decode-0")
+    without(fleet, "prefill-0", "prefill-1")
+    fleet.start_worker("prefill-0", BATON_WORKER_PORT=port)
+    fleet.wait_workers("prefill-0")
+    first = fleet.complete({"prompt": prompt(30), **BODY})
+    fleet.kill("prefill-0")
+    fleet.start_worker("prefill-0", BATON_WORKER_PORT=port)
+    fleet.wait_workers("prefill-0")
+    before = fleet.metric("baton_remote_prefills_total")
+    second = fleet.complete({"prompt": prompt(31), **BODY})
+    assert first.token_ids == oracle(prompt(30), params())
+    assert second.token_ids == oracle(prompt(31), params())
+    assert fleet.metric("baton_remote_prefills_total") == before + 1
+    fleet.assert_no_leak()
+
+
+def test_all_decode_workers_gone_prefill_workers_decode(base, oracle) -> None:
+    fleet = with_workers(base, "prefill-0", "decode-0", "decode-1")
+    fleet.kill("decode-0")
+    fleet.kill("decode-1")
+    result = fleet.complete({"prompt": prompt(4), **BODY})
+    assert result.token_ids == oracle(prompt(4), params())
+    fleet.assert_no_leak()
+
+
+def test_redis_dies_and_comes_back_empty(base, oracle) -> None:
+    fleet = with_workers(base, "prefill-0", "decode-0")
+    without(fleet, "decode-1")
+    fleet.kill("redis")
+    result = fleet.complete({"prompt": prompt(6), **BODY})
+    assert result.token_ids == oracle(prompt(6), params())
+    fleet.start_redis()
+    result = fleet.complete({"prompt": prompt(7), **BODY})
+    assert result.token_ids == oracle(prompt(7), params())
+    fleet.start_worker("decode-1")  # a newcomer is found: membership works again
+    fleet.wait_workers("decode-1", "prefill-0", "decode-0")
+    fleet.assert_no_leak()
+
+
+def test_everything_gone_is_503_with_retry_after_at_once(base) -> None:
+    fleet = with_workers(base, "prefill-0", "decode-0")
+    without(fleet, *WORKERS)
+    deadline = time.monotonic() + 10
+    status = 200
+    while status == 200 and time.monotonic() < deadline:
+        answer = fleet.client.post("/v1/completions", json={"prompt": prompt(5), **BODY})
+        status = answer.status_code
+    assert status == 503
+    assert int(answer.headers["retry-after"]) >= 1
+    assert answer.json()["error"]["type"]

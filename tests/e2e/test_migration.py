@@ -189,7 +189,10 @@ def test_a_prefill_worker_ends_while_its_requests_decode(stage: Stage) -> None:
     assert num_running[0] > 0
 
 
-@pytest.mark.parametrize("is_lease_left", [True, False])
+@pytest.mark.parametrize(
+    "is_lease_left",  # test_faults has the quick one of it
+    [pytest.param(True, marks=pytest.mark.slow), False],
+)
 def test_a_decode_worker_is_killed(stage: Stage, is_lease_left: bool) -> None:
     """What it had of a prompt is fetched again from the lease, or computed again without it."""
     fleet = stage.fleet

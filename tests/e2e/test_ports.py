@@ -4,7 +4,6 @@ import random
 import re
 import socket
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -31,10 +30,8 @@ NOISE = [
 
 
 @pytest.fixture(scope="module")
-def fleet(make_fleet) -> Iterator[Any]:
-    with make_fleet(*WORKERS) as running:
-        running.wait_workers(*WORKERS)
-        yield running
+def fleet(plain_fleet) -> Any:
+    return plain_fleet
 
 
 def listening(pid: int) -> set[tuple[str, int]]:

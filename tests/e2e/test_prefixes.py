@@ -13,7 +13,8 @@ from harness import bearable_silence_s, free_port
 
 from baton import SamplingParams
 
-FLEETS = ("grpc", "shm", "ucx")
+# Whatever carries the frames, it is the same fetch: tests/kvtransfer has them all.
+FLEETS = ("shm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grpc", "ucx")))
 SEEDED = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 7, "ignore_eos": True}
 FIRST = {**SEEDED, "max_tokens": 96}
 SECOND = {**SEEDED, "max_tokens": 16}

@@ -12,13 +12,12 @@ PROMPT = "def add(a, b):\n    "
 
 
 @pytest.fixture(scope="module")
-def fleet(make_fleet) -> Iterator[Any]:
-    with make_fleet("prefill-0", "decode-0") as running:
-        running.wait_workers("prefill-0", "decode-0")
-        yield running
-        assert running.metric("baton_remote_prefills_total") > 0
-        assert running.metric("baton_kv_transfer_bytes_total") > 0
-        running.assert_no_leak()
+def fleet(plain_fleet) -> Iterator[Any]:
+    series = ("baton_remote_prefills_total", "baton_kv_transfer_bytes_total")
+    before = [plain_fleet.metric(name) for name in series]
+    yield plain_fleet
+    assert all(plain_fleet.metric(name) > value for name, value in zip(series, before, strict=True))
+    plain_fleet.assert_no_leak()
 
 
 @pytest.fixture(scope="module")

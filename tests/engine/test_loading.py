@@ -7,6 +7,7 @@ import weakref
 from pathlib import Path
 from typing import Any, ClassVar
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -101,7 +102,7 @@ def test_a_model_that_is_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> str:
         raise LocalEntryNotFoundError("cannot be reached")
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(InvalidRequest, match=r"some/model is neither .* cannot be reached"):
         load_runner(RunnerConfig("some/model"))
 
@@ -116,7 +117,7 @@ def test_the_config_is_checked_before_the_weights_are_downloaded(
         wanted.append(allow_patterns)
         return str(folder)
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     load_runner(
         RunnerConfig("some/model", "v2", kv_cache_memory_bytes=1 << 22, show_progress=False)
     )

@@ -104,7 +104,8 @@ async def test_ucx_over_tcp_and_over_shared_memory(
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-async def test_a_killed_producer_is_told_and_leaves_a_valid_prefix(transport: str) -> None:
+async def test_a_producer_that_computes_and_is_killed(transport: str) -> None:
+    """Waiting for it costs no CPU; its death is told and leaves a valid prefix."""
     target = empty_pool()
     importer = Importer(target.memory, target.block_ids, ALL)
     async with (
@@ -115,6 +116,17 @@ async def test_a_killed_producer_is_told_and_leaves_a_valid_prefix(transport: st
         ),
     ):
         there = TransportAddress(transport, address)
+        fetching = asyncio.create_task(consumer.fetch(there, make_fetch(NUM_TOKENS), importer))
+        while importer.valid_tokens < 4000:
+            await asyncio.sleep(0.01)
+        before_s = time.process_time()
+        await asyncio.sleep(1)
+        assert time.process_time() - before_s < 0.2
+        fetching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await fetching
+
+        importer = Importer(target.memory, target.block_ids, ALL)
         fetching = asyncio.create_task(consumer.fetch(there, make_fetch(NUM_TOKENS), importer))
         while not importer.valid_tokens:
             await asyncio.sleep(0.001)
@@ -165,21 +177,3 @@ async def test_a_stopped_consumer_does_not_hold_the_producer(transport: str) -> 
             attachment.cut.set_result(BatonError(Cause.TRANSFER_STALLED, "no progress"))
             await attachment.closed.wait()
             process.kill()
-
-
-@pytest.mark.parametrize("transport", TRANSPORTS)
-async def test_waiting_for_a_prefill_costs_no_cpu(transport: str) -> None:
-    target = empty_pool()
-    importer = Importer(target.memory, target.block_ids, ALL)
-    async with peer("produce", transport, "4000") as (_, address), grpc_end(transport) as consumer:
-        there = TransportAddress(transport, address)
-        fetching = asyncio.create_task(consumer.fetch(there, make_fetch(NUM_TOKENS), importer))
-        while importer.valid_tokens < 4000:
-            await asyncio.sleep(0.01)
-        before_s = time.process_time()
-        await asyncio.sleep(1)
-        assert time.process_time() - before_s < 0.2
-        fetching.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await fetching
-    target.memory.close()

@@ -2,6 +2,7 @@
 seam is, and its KV is moved, not computed again."""
 
 import asyncio
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -85,8 +86,17 @@ def moved_tokens(answer: Answer) -> int:
     return answer.stats.num_tokens
 
 
-@pytest.mark.parametrize("block_sizes", gate.BLOCK_SIZES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
+def matrix() -> Iterator[Any]:
+    """Choices that share blocks with blocks of all sizes, the others with one; the rest take
+    longer."""
+    for number, name in enumerate(NAMES):
+        for b, sizes in enumerate(gate.BLOCK_SIZES):
+            is_quick = name == "four choices" or (number + b) % 3 == 0
+            marks = () if is_quick else (pytest.mark.slow,)
+            yield pytest.param(name, sizes, marks=marks, id=f"{name}-{sizes}")
+
+
+@pytest.mark.parametrize(("name", "block_sizes"), list(matrix()))
 async def test_while_it_decodes(
     runners: Runners, oracle: Oracle, name: str, block_sizes: tuple[int, int]
 ) -> None:
