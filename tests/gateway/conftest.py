@@ -37,14 +37,14 @@ def pool(tokenizer: Tokenizer) -> Iterator[TokenizerPool]:
     pool.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def model(tokenizer: Tokenizer) -> ServedModel:
     return ServedModel(
         "tiny", max_model_len=256, vocab_size=4096, eos_token_ids=tokenizer.eos_token_ids
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def say(tokenizer: Tokenizer) -> Callable[[str], Script]:
     """say(text): every choice of every request gets the tokens of `text`, one per chunk."""
 
@@ -81,6 +81,12 @@ def limits() -> LimitSettings:
 
 @pytest.fixture
 def context(
+    backend: FakeBackend, pool: TokenizerPool, settings: GatewaySettings, limits: LimitSettings
+) -> Context:
+    return make_context(backend, pool, settings, limits)
+
+
+def make_context(
     backend: FakeBackend, pool: TokenizerPool, settings: GatewaySettings, limits: LimitSettings
 ) -> Context:
     registry = CollectorRegistry()

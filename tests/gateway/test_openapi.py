@@ -1,6 +1,7 @@
 """Our own OpenAPI document against the application: schemathesis sends what the document allows and
 what it forbids. Nothing makes a 5xx or an undocumented answer; what is forbidden is refused."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +12,15 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import CheckFunction
 from schemathesis.specs.openapi import checks
+from schemathesis.specs.openapi.schemas import OpenApiSchema
 
+from baton.gateway.app import create_app
 from baton.gateway.backend import ServedModel
 from baton.pooling import PoolingInfo, PoolingTask
-from tests.gateway.fakes import FakeBackend
+from baton.settings import GatewaySettings, LimitSettings
+from baton.text import Tokenizer, TokenizerPool
+from tests.gateway.conftest import make_context
+from tests.gateway.fakes import FakeBackend, Script
 
 CHECKS: list[CheckFunction] = [
     schemathesis.checks.not_a_server_error,
@@ -26,12 +32,23 @@ CHECKS: list[CheckFunction] = [
 ]
 
 
-@pytest.fixture
-def backend(backend: FakeBackend, model: ServedModel) -> FakeBackend:
+@pytest.fixture(scope="module")
+def app(
+    tokenizer: Tokenizer, model: ServedModel, say: Callable[[str], Script]
+) -> Iterator[FastAPI]:
     """Serves every kind of request."""
     pooling = PoolingInfo(PoolingTask.EMBED, 4, is_matryoshka=True)
-    backend.served = (model, replace(model, name="pooler", pooling=pooling))
-    return backend
+    served = (model, replace(model, name="pooler", pooling=pooling))
+    backend = FakeBackend(say("Hello world"), served)
+    pool = TokenizerPool(tokenizer, num_threads=1, max_pending=64)
+    settings = GatewaySettings.model_validate({})
+    yield create_app(make_context(backend, pool, settings, LimitSettings()))
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def schema(app: FastAPI) -> OpenApiSchema:
+    return schemathesis.openapi.from_asgi("/openapi.json", app)
 
 
 def operations() -> list[tuple[str, str]]:
@@ -75,11 +92,10 @@ def test_every_documented_operation_is_tested(app: FastAPI) -> None:
     assert documented == set(operations())
 
 
-def run(app: FastAPI, method: str, path: str, mode: GenerationMode, num_examples: int) -> None:
-    schema = schemathesis.openapi.from_asgi("/openapi.json", app)
-    operation = schema[path][method]
-
-    @given(case=operation.as_strategy(generation_mode=mode))
+def run(
+    schema: OpenApiSchema, method: str, path: str, mode: GenerationMode, num_examples: int
+) -> None:
+    @given(case=schema[path][method].as_strategy(generation_mode=mode))
     @settings(
         max_examples=num_examples,
         deadline=None,
@@ -94,12 +110,10 @@ def run(app: FastAPI, method: str, path: str, mode: GenerationMode, num_examples
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
 @pytest.mark.parametrize(("method", "path"), operations())
-def test_our_document(
-    app: FastAPI, backend: FakeBackend, method: str, path: str, mode: GenerationMode
-) -> None:
+def test_our_document(schema: OpenApiSchema, method: str, path: str, mode: GenerationMode) -> None:
     if mode is GenerationMode.NEGATIVE and (method != "post" or path.endswith("/cancel")):
         return  # there is nothing to get wrong
-    run(app, method, path, mode, 15)
+    run(schema, method, path, mode, 15)
 
 
 @pytest.mark.slow
@@ -107,5 +121,7 @@ def test_our_document(
 @pytest.mark.parametrize(
     ("method", "path"), [o for o in operations() if o[0] == "post" and not o[1].endswith("/cancel")]
 )
-def test_our_document_at_length(app: FastAPI, method: str, path: str, mode: GenerationMode) -> None:
-    run(app, method, path, mode, 100)
+def test_our_document_at_length(
+    schema: OpenApiSchema, method: str, path: str, mode: GenerationMode
+) -> None:
+    run(schema, method, path, mode, 100)
