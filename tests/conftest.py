@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,6 +18,13 @@ import pytest
 from redis.asyncio import Redis
 
 from baton.redis_server import redis_command, redis_url
+
+
+def pytest_runtest_setup() -> None:
+    """Who ends the suite from outside, as a time limit does, gets what Ctrl-C gets: fixtures that
+    end their processes and remove their folders. Each time, since event loops set it back."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
 
 Until = Callable[..., Awaitable[None]]
 
