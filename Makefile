@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+COMMA := ,
 
 # Tests side by side: one more than there are cores, for some of them wait.
 JOBS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
@@ -37,7 +38,7 @@ test-gpu: dev
 
 # The API as langchain-openai and litellm use it.
 test-contract: dev
-	$(BIN)/python -m pip install -q -e '.[contract]'
+	$(call pip_install,.[contract])
 	$(BIN)/python -m pytest -m contract $(ARGS)
 
 test-compose: dev
@@ -50,12 +51,19 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e .
+	$(call pip_install,.)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -e '.[dev,ucx]'
+	$(call pip_install,.[dev$(COMMA)ucx])
 	@touch $@
+
+# pip compiles to byte code in one process, which is half of an installation; this uses all cores.
+define pip_install
+@echo "installing $(1) into $(VENV): minutes the first time"
+@$(BIN)/python -m pip install -q --no-compile -e '$(1)'
+@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+endef
 
 # The folders are mapped into one package at install time, so imports and types are checked on an
 # installed copy.

@@ -91,7 +91,8 @@ class Fleet:
             name: value for name, value in to_env(self.config).items() if name not in _OWN_SETTINGS
         }
         own |= {"BATON_REDIS_URL": self.redis_url, "BATON_PRINT_CONFIG": "false"}
-        return env | own | {"PYTHONSAFEPATH": "1"}
+        # TMPDIR: what a killed worker leaves goes with the fleet.
+        return env | own | {"PYTHONSAFEPATH": "1", "TMPDIR": str(self._folder.path)}
 
     def _may_restart(self, name: str, status: int) -> bool:
         if self.is_up or status != BAD_SETTINGS:
