@@ -8,8 +8,6 @@ All series carry Baton's own prefix `baton_`. Times are seconds, sizes bytes. La
 import json
 import logging
 import sys
-import time
-from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -100,7 +98,7 @@ class GatewayMetrics(_Metrics):
             "cause",
         )
         self.token_conflicts = self._counter(
-            "token_conflicts", "Another id for a committed index. Always a defect."
+            "token_conflicts", "Chunks with another id at a committed index. Always a defect."
         )
 
     def _declare_fleet(self) -> None:
@@ -150,22 +148,6 @@ class WorkerMetrics(_Metrics):
         self.attachments = self._gauge("kv_attachments", "Consumers that read KV here now.")
         self.fetches = self._gauge("kv_fetches", "Fetches of this consumer.", "state")
         self.staging = self._gauge("kv_staging_bytes", "KV on its way, by direction.", "side")
-
-
-@dataclass(slots=True)
-class Stopwatch:
-    """Splits one duration into named phases that sum to the whole."""
-
-    started_s: float = field(default_factory=time.monotonic)
-    last_s: float = 0.0
-    phases_ms: dict[str, float] = field(default_factory=dict)
-
-    def lap(self, phase: str) -> None:
-        """Everything since the previous lap (or the start) was `phase`."""
-        now = time.monotonic()
-        begin = self.last_s or self.started_s
-        self.phases_ms[phase] = self.phases_ms.get(phase, 0.0) + (now - begin) * 1e3
-        self.last_s = now
 
 
 class _JsonFormatter(logging.Formatter):

@@ -17,7 +17,6 @@ BlockHash = NewType("BlockHash", bytes)  # 32 bytes
 HASH_TOKENS = 16  # granularity of prefix hashes; every worker's block size is a multiple
 PROTOCOL_MAJOR = 1
 PROTOCOL_MINOR = 0
-SEED_BITS = 32
 FETCH_BY_HASH = "fetch-by-hash"  # capability: reads others' prefixes, and serves its own
 
 

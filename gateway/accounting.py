@@ -42,8 +42,7 @@ class RequestRecord:
         endpoint: str,
         model: str,
         sampling: SamplingParams,
-        response_id: str,
-        request_id: str,
+        ids: str,
         span: Span | None = None,
     ) -> None:
         self.outcome = CANCELLED
@@ -52,7 +51,7 @@ class RequestRecord:
         self._endpoint = endpoint
         self._model = model
         self._sampling = sampling
-        self._ids = f"{response_id} ({request_id})"
+        self._ids = ids
         self._started_s = time.monotonic()
         self._opened_s: float | None = None
         self._first_byte_s: float | None = None
@@ -161,6 +160,9 @@ class RequestRecord:
         for migration in report.migrations:
             metrics.migrations.labels(migration.cause.value, migration.result.value).inc()
             metrics.migration_bytes.labels(migration.cause.value).inc(migration.num_bytes)
+        if report.num_defects:
+            metrics.token_conflicts.inc(report.num_defects)
+            log.error("%s: a worker gave other tokens than were committed", self._ids)
 
     def _tell_vllm(self, reports: Sequence[RequestReport]) -> None:
         vllm = self._metrics.vllm

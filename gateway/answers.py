@@ -70,8 +70,7 @@ def start(
         endpoint,
         model.name,
         sampling,
-        job.id,
-        request.state.request_id,
+        _logged_ids(job, request),
         context.begin_span(request.headers.get("traceparent"), endpoint),
     )
     return Generation(context, job, record)
@@ -81,6 +80,13 @@ def public_id(prefix: str, asked: str | None, request: Request) -> str:
     """The id in the answer: the client's own, from the body or X-Request-Id, if there is one."""
     suffix = _UNSAFE_ID_CHARS.sub("", asked or "") or request.state.request_id
     return f"{prefix}-{suffix}"
+
+
+def _logged_ids(job: Job, request: Request) -> str:
+    """What the client and whoever is before the gateway know it by, and what the workers do."""
+    asked = request.state.request_id
+    others = [job.id] if job.public_id.endswith(asked) else [asked, job.id]
+    return f"{job.public_id} ({', '.join(others)})"
 
 
 def check_against_model(sampling: SamplingParams, model: ServedModel, length_field: str) -> None:

@@ -172,6 +172,7 @@ class RequestReport:
     failures: tuple[Cause, ...] = ()  # of legs and fetches, in order
     prefixes: tuple[PrefixFetched, ...] = field(default=())  # fetched by hash, and how that ended
     migrations: tuple[Migration, ...] = ()
+    num_defects: int = 0  # chunks with another id at a committed index
 
 
 class RequestStream(Protocol):

@@ -54,7 +54,7 @@ class FixedPlanner:
         if source is None or target is None:
             return Refusal(Cause.NO_WORKER, "the route is not up")
         num_bytes = transfer_bytes(need, source, target)
-        return DecodeDecision(target.worker_id, 0, num_bytes, 0.0, lead_ms=float("inf"))
+        return DecodeDecision(target.worker_id, 0, num_bytes, lead_ms=float("inf"))
 
     def local_ms(self, need: Need, worker_id: str, num_cached_tokens: int) -> float:
         return 0.0

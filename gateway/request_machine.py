@@ -12,6 +12,7 @@ session reports or is lost, or a timer runs, or the dispatcher wakes the request
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from baton.errors import Cause
 from baton.gateway.backend import RequestReport
@@ -84,11 +85,10 @@ class RequestMachine:
 
     @property
     def report(self) -> RequestReport:
-        return self._timeline.report
+        return replace(self._timeline.report, num_defects=self.num_defects)
 
     @property
     def num_defects(self) -> int:
-        """Tokens that differed from what was committed at their index."""
         return self._output.num_defects
 
     # ── events ───────────────────────────────────────────────────────────────────────────────────

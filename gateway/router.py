@@ -100,7 +100,6 @@ class DecodeDecision:
     worker_id: str
     num_cached_tokens: int
     num_bytes: int  # to transfer
-    predicted_step_ms: float
     lead_ms: float  # bind when the prefill is predicted to end within this
 
 
@@ -183,7 +182,6 @@ def pick_decode(
         chosen.worker_id,
         need.cached_on(chosen),
         num_bytes,
-        step_ms,
         lead_ms=max(transfer_ms, link.backlog_ms() + 2 * step_ms),
     )
 

@@ -49,7 +49,6 @@ from baton.types import KVRange
 
 HEADER_BYTES = 64
 MAX_FRAME_BYTES = 16 << 20  # header and payload; a peer that announces more is refused
-MAX_SEQ = 2**32 - 1
 
 _MAGIC = b"BKV\x01"
 _FIELDS = struct.Struct("<4sBBHIIQ6IQ")  # everything before the checksum

@@ -217,11 +217,6 @@ class UcxWorker:
             request.on_completed()
         return bool(completed)
 
-    @property
-    def num_requests(self) -> int:
-        """Messages on their way, in or out."""
-        return len(self._requests)
-
     def close(self) -> None:
         """Give up everything that is on its way. Endpoints are closed before. Idempotent."""
         if self._worker is None:

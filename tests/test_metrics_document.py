@@ -63,6 +63,18 @@ def test_the_gateways() -> None:
     assert documented("Gateway") == declared(registry) | links
 
 
+def test_every_series_is_set_somewhere() -> None:
+    root = DOCUMENT.parents[1]
+    rooms = ("baton", "gateway", "kvtransfer", "prefill_worker", "decode_worker")
+    files = {file for room in rooms for file in (root / room).rglob("*.py")}
+    files.remove(root / "baton/telemetry.py")
+    code = "\n".join(file.read_text(encoding="utf-8") for file in sorted(files))
+    for metrics in (GatewayMetrics(CollectorRegistry()), WorkerMetrics(CollectorRegistry())):
+        names = {name for name, it in vars(metrics).items() if isinstance(it, MetricWrapperBase)}
+        assert names
+        assert {name for name in names if not re.search(rf"\.{name}\b", code)} == set()
+
+
 def test_a_workers() -> None:
     server = MetricsServer("127.0.0.1", 0)
     try:

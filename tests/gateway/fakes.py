@@ -48,11 +48,13 @@ REPORT = RequestReport(
 class FakeStream:
     """Plays its steps: gives chunks, raises errors, waits for events; ends when aborted."""
 
-    def __init__(self, request: Request, steps: Sequence[Step]) -> None:
+    def __init__(
+        self, request: Request, steps: Sequence[Step], report: RequestReport = REPORT
+    ) -> None:
         self.request = request
         self.finished_choices: list[int] = []
         self.aborted = asyncio.Event()
-        self.report = REPORT
+        self.report = report
         self._steps = deque(steps)
 
     def __aiter__(self) -> "FakeStream":
@@ -100,6 +102,7 @@ class FakeBackend:
     pooled: list[PoolingRequest] = field(default_factory=list)
     hold: asyncio.Event | None = None  # pooling waits for it
     num_pooling: int = 0
+    report: RequestReport = REPORT  # of every request
 
     def models(self) -> tuple[ServedModel, ...]:
         return self.served
@@ -162,7 +165,7 @@ class FakeBackend:
     def open(self, request: Request) -> FakeStream:
         if self.refuse is not None:
             raise self.refuse
-        self.streams.append(FakeStream(request, self.script(request)))
+        self.streams.append(FakeStream(request, self.script(request), self.report))
         return self.streams[-1]
 
     @property

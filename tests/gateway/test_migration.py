@@ -271,7 +271,7 @@ def test_who_takes_over_must_agree_with_what_the_source_said_last() -> None:
     assert (gateway.target, Abort(bind.leg)) in gateway.take()
     gateway.say(gateway.target, TokenChunk(bind.leg, 0, 5, (98,)))
     assert gateway.tokens == {0: [5, 6, 7, 8, 9]}
-    assert gateway.machine.num_defects == 1
+    assert gateway.machine.report.num_defects == 1
 
 
 def test_a_stop_string_ends_a_choice_on_both() -> None:

@@ -1,7 +1,9 @@
 """Everything that is not a generation: health, models, topology, metrics, documents."""
 
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -9,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import baton
 from baton.telemetry import PHASES
-from tests.gateway.fakes import FakeBackend
+from tests.gateway.fakes import REPORT, FakeBackend
 from tests.gateway.test_errors import COMPLETIONS, error_of
 
 
@@ -84,6 +86,34 @@ async def test_metrics_of_links(client: httpx.AsyncClient) -> None:
     assert found["baton_kv_link_failures_total", "frame_corrupt", "p0", "d0"] == 2
     assert found["baton_kv_link_rate_bytes_per_second", "p0", "d0"] == 1e6
     assert found["baton_kv_link_in_flight_bytes", "p0", "d0"] == 512
+
+
+async def test_a_token_that_contradicts_is_counted_and_said(
+    client: httpx.AsyncClient, backend: FakeBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend.report = replace(REPORT, num_defects=2)
+    answer = (await client.post(COMPLETIONS, json={"prompt": "Hi"})).json()
+    found = samples((await client.get("/metrics")).text)
+    assert found["baton_token_conflicts_total",] == 2
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert line.startswith(f"{answer['id']} ({at_workers(backend)}): ")
+
+
+def at_workers(backend: FakeBackend) -> str:
+    return backend.streams[0].request.request_id.removesuffix("-0")  # of the first prompt
+
+
+async def test_the_line_of_a_request_has_every_id_and_nothing_of_the_prompt(
+    client: httpx.AsyncClient, backend: FakeBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    body = {"prompt": "Hello", "request_id": "mine"}
+    await client.post(COMPLETIONS, json=body, headers={"X-Request-Id": "theirs"})
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "baton.gateway.accounting"]
+    assert line.startswith(f"{COMPLETIONS} ok cmpl-mine (theirs, {at_workers(backend)}), prompt ")
+    assert "Hello" not in line
+    ttft, *parts = map(float, re.findall(rf"(?:ttft|{'|'.join(PHASES)}) ([\d.]+)", line))
+    assert ttft == pytest.approx(sum(parts), abs=0.3)
 
 
 async def test_metrics(client: httpx.AsyncClient, backend: FakeBackend) -> None:

@@ -76,7 +76,7 @@ def test_another_id_for_a_committed_index_is_a_defect_and_is_dropped() -> None:
     d, bind = gateway.take_one(Bind)
     gateway.say(d, TokenChunk(bind.leg, 0, 0, (4, 6)))
     assert gateway.tokens == {0: [5, 6]}
-    assert machine.num_defects == 1
+    assert machine.report.num_defects == 1
 
 
 def test_poison_is_not_tried_a_third_time() -> None:
