@@ -4,11 +4,11 @@ Wire order is layer → token → (K, V) → head → dim, so that a payload say
 block size or block ids: both ends address slots through their own block tables, and different block
 sizes, or a slice of the heads, need no further conversion.
 
-Implementations of one signature: a Triton kernel for CUDA, runs of slots copied by numpy for CPU,
-and plain torch as the reference. The CPU path copies one block (or a longer run of adjacent
-blocks) of all layers at a time. It is single-threaded on purpose: it runs on a transfer thread
-beside the engine's compute threads, and torch's own copies stall for milliseconds when their
-OpenMP team has to wait for a busy core.
+Implementations of one signature: a Triton kernel for CUDA, runs of adjacent slots copied by
+kv_copy.c for CPU (or by numpy, where that was not built), and plain torch as the reference. The CPU
+path is single-threaded on purpose: it runs on a transfer thread beside the engine's compute
+threads, and torch's own copies stall for milliseconds when their OpenMP team has to wait for a busy
+core.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,11 @@ from torch import Tensor
 
 from baton.types import KVRange
 
-Items = npt.NDArray[np.void]
+try:
+    from baton.kernels import _kv_copy
+except ImportError:  # no C compiler where this was installed
+    _kv_copy = None  # type: ignore[assignment]
+
 Wire = Tensor | bytes | bytearray | memoryview
 
 
@@ -46,8 +50,7 @@ def pack_kv(kv_cache: Tensor, block_ids: Sequence[int], where: KVRange, out: Wir
     """
     _check(kv_cache, block_ids, where, out)
     if kv_cache.device.type == "cpu":
-        for pool, wire in _runs(kv_cache, block_ids, where, out):
-            wire[...] = pool
+        _copy_on_cpu(kv_cache, block_ids, where, out, pack=True)
     else:
         from baton.kernels.kv_pack_triton import copy_kv_triton
 
@@ -60,8 +63,7 @@ def unpack_kv(kv_cache: Tensor, block_ids: Sequence[int], where: KVRange, payloa
     `pack_kv`'s, and on CPU a read-only buffer will do. Slots outside `where` keep their bytes."""
     _check(kv_cache, block_ids, where, payload)
     if kv_cache.device.type == "cpu":
-        for pool, wire in _runs(kv_cache, block_ids, where, payload):
-            pool[...] = wire
+        _copy_on_cpu(kv_cache, block_ids, where, payload, pack=False)
     else:
         from baton.kernels.kv_pack_triton import copy_kv_triton
 
@@ -130,27 +132,65 @@ def _slots_and_wire(
     return slots, wire.view(kv_cache.dtype).view(shape)
 
 
-def _runs(
-    kv_cache: Tensor, block_ids: Sequence[int], where: KVRange, wire: Wire
-) -> Iterator[tuple[Items, Items]]:
-    """Matching views [layers, 2, run tokens] of pool and wire, one pair per run of adjacent slots.
-    An item is all that one slot holds: numpy copies such items faster than an axis of bytes."""
+def _copy_on_cpu(
+    kv_cache: Tensor, block_ids: Sequence[int], where: KVRange, wire: Wire, pack: bool
+) -> None:
+    if _kv_copy is None:
+        copy_numpy(kv_cache, block_ids, where, wire, pack)
+        return
+    head_start, head_stop = _heads(kv_cache, where)
+    head_bytes = kv_cache.shape[5] * kv_cache.element_size()
+    _kv_copy.copy_runs(
+        _bytes_of(kv_cache).data,
+        _bytes_of(wire).data if isinstance(wire, Tensor) else wire,
+        np.array(list(_runs(kv_cache, block_ids, where)), dtype=np.int64).data,
+        kv_cache.shape[0],
+        where.layer_start,
+        where.num_layers,
+        kv_cache.shape[4] * head_bytes,
+        head_start * head_bytes,
+        (head_stop - head_start) * head_bytes,
+        pack,
+    )
+
+
+def copy_numpy(
+    kv_cache: Tensor, block_ids: Sequence[int], where: KVRange, wire: Wire, pack: bool
+) -> None:
+    """Both directions on CPU, for arguments that `pack_kv` has checked. An item is all that one
+    slot holds: numpy copies such items faster than an axis of bytes."""
     num_layers, _, num_blocks, block_size, num_kv_heads, head_dim = kv_cache.shape
     head_start, head_stop = _heads(kv_cache, where)
     head_bytes = head_dim * kv_cache.element_size()
-    pool = kv_cache.detach().view(torch.uint8).numpy()
+    pool = _bytes_of(kv_cache)
     pool = pool.reshape(num_layers, 2, num_blocks * block_size, num_kv_heads * head_bytes)
     pool = pool[where.layer_start : where.layer_stop]
     pool = pool[..., head_start * head_bytes : head_stop * head_bytes]
     item = np.dtype((np.void, pool.shape[3]))
     slots = pool.view(item)[..., 0]
-    flat = wire.numpy() if isinstance(wire, Tensor) else np.frombuffer(wire, dtype=np.uint8)
+    flat = _bytes_of(wire) if isinstance(wire, Tensor) else np.frombuffer(wire, dtype=np.uint8)
     lines = flat.view(item).reshape(where.num_layers, where.num_tokens, 2).transpose(0, 2, 1)
-    for token, slot, num_tokens in slot_runs(
-        block_ids, block_size, where.token_start, where.token_stop
-    ):
-        at = token - where.token_start
-        yield slots[:, :, slot : slot + num_tokens], lines[:, :, at : at + num_tokens]
+    for slot, at, num_tokens in _runs(kv_cache, block_ids, where):
+        in_pool = slots[:, :, slot : slot + num_tokens]
+        on_wire = lines[:, :, at : at + num_tokens]
+        if pack:
+            on_wire[...] = in_pool
+        else:
+            in_pool[...] = on_wire
+
+
+def _bytes_of(tensor: Tensor) -> npt.NDArray[np.uint8]:
+    """The memory of a contiguous tensor on CPU."""
+    return tensor.detach().view(torch.uint8).numpy()
+
+
+def _runs(
+    kv_cache: Tensor, block_ids: Sequence[int], where: KVRange
+) -> Iterator[tuple[int, int, int]]:
+    """Runs of adjacent slots: (first slot, its token counted from the range's first, length)."""
+    start, stop = where.token_start, where.token_stop
+    for token, slot, num_tokens in slot_runs(block_ids, kv_cache.shape[3], start, stop):
+        yield slot, token - start, num_tokens
 
 
 def slot_runs(

@@ -1,8 +1,11 @@
-"""pack/unpack: the CPU path, the torch reference and the Triton kernel (interpreted) agree."""
+"""pack/unpack: both CPU paths, the torch reference and the Triton kernel (interpreted) agree."""
 
 import os
 import random
+from functools import partial
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +16,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
 from baton.kernels import kv_pack
 from baton.types import KVRange
+
+try:
+    from baton.kernels import _kv_copy as native
+except ImportError:
+    native = None
 
 NUM_LAYERS, NUM_BLOCKS, NUM_HEADS, HEAD_DIM = 3, 12, 4, 6
 
@@ -45,6 +53,7 @@ def copy_triton(cache: Tensor, block_ids: list[int], where: KVRange, wire: Tenso
 
 IMPLEMENTATIONS = {
     "cpu": (kv_pack.pack_kv, kv_pack.unpack_kv),
+    "numpy": (partial(kv_pack.copy_numpy, pack=True), partial(kv_pack.copy_numpy, pack=False)),
     "torch": (kv_pack.pack_kv_torch, kv_pack.unpack_kv_torch),
     "triton": (
         lambda *args: copy_triton(*args, pack=True),
@@ -154,3 +163,56 @@ def test_on_cpu_plain_buffers_will_do() -> None:
 
 def test_adjacent_blocks_become_one_run() -> None:
     assert list(kv_pack.slot_runs([4, 5, 6, 1, 2], 4, 2, 19)) == [(2, 18, 10), (12, 4, 7)]
+
+
+# A pool of 2 layers, 8 slots of 48 bytes; 2 tokens of layer 1, bytes 16..48 of each.
+FITS = {"runs": [(6, 0, 2)], "layers": (2, 1, 1), "item": (48, 16, 32), "num_bytes": 2 * 2 * 32}
+MISFITS = [
+    {"runs": [(7, 0, 2)]},
+    {"runs": [(-1, 0, 2)]},
+    {"runs": [(6, 1, 2)]},
+    {"runs": [(6, -1, 2)]},
+    {"runs": [(6, 0, 0)]},
+    {"runs": [(6, 0, 2**62)]},
+    {"runs": [(2**62, 0, 2)]},
+    {"layers": (2, 2, 1)},
+    {"layers": (2, 1, 2**62)},
+    {"layers": (0, 0, 0)},
+    {"layers": (5, 1, 1)},
+    {"item": (48, 17, 32)},
+    {"item": (48, -1, 32)},
+    {"item": (40, 0, 32)},
+    {"item": (2**62, 0, 32)},
+    {"num_bytes": 2 * 2 * 32 + 1},
+    {"num_bytes": 0},
+]
+
+
+needs_native = pytest.mark.skipif(native is None, reason="kv_copy.c was not built")
+
+
+def copy_runs(pool, wire, fits: dict[str, Any], to_wire: bool) -> None:
+    runs = np.array(fits["runs"], np.int64)
+    native.copy_runs(pool, wire, runs, *fits["layers"], *fits["item"], to_wire)
+
+
+@needs_native
+@pytest.mark.parametrize("wrong", MISFITS, ids=str)
+@pytest.mark.parametrize("to_wire", [True, False])
+def test_copy_runs_refuses_what_does_not_fit(wrong: dict[str, Any], to_wire: bool) -> None:
+    fits = {**FITS, **wrong}
+    pool, wire = bytearray(2 * 2 * 8 * 48), bytearray(fits["num_bytes"])
+    (pool if to_wire else wire)[:] = b"\1" * len(pool if to_wire else wire)
+    with pytest.raises(ValueError, match="do not fit"):
+        copy_runs(pool, wire, fits, to_wire)
+    assert not any(wire if to_wire else pool)
+
+
+@needs_native
+def test_copy_runs_writes_into_nothing_that_is_read_only() -> None:
+    pool, wire = bytearray(2 * 2 * 8 * 48), bytearray(b"\1" * FITS["num_bytes"])
+    copy_runs(pool, bytes(wire), FITS, to_wire=False)
+    assert sum(pool) == len(wire)
+    for arguments in ((bytes(pool), wire, False), (pool, bytes(wire), True)):
+        with pytest.raises(ValueError, match="do not fit"):
+            copy_runs(*arguments[:2], FITS, to_wire=arguments[2])
