@@ -264,6 +264,7 @@ class LimitSettings(Section):
     max_headers: int = Field(100, gt=0, description="Number of headers.")
     max_json_depth: int = Field(64, gt=0, le=200, description="Nesting of a JSON body.")
     max_json_keys: int = Field(2**17, gt=0, description="Keys of all objects of a JSON body.")
+    max_json_values: int = Field(2**20, gt=0, description="Values of a JSON body.")
     max_choices: int = Field(128, gt=0, le=4096, description="Prompts × n.")
     max_inputs: int = Field(
         2048, gt=0, le=4096, description="Texts of one request for embeddings or scores."

@@ -28,7 +28,7 @@ class _JsonRequest(Request):
             raise HTTPException(408, "The body did not arrive in time.") from None
         if not body:
             raise InvalidRequest("The body is empty.")
-        bounds = (limits.max_json_depth, limits.max_json_keys)
+        bounds = (limits.max_json_depth, limits.max_json_keys, limits.max_json_values)
         if len(body) > MAX_BYTES_AT_ONCE:
             self._parsed = await asyncio.to_thread(parse_json, body, *bounds)
         else:

@@ -17,6 +17,7 @@ from baton.sampling_params import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_LOGPROB_TOK
 from baton.types import RepetitionDetection, SamplingParams, StructuredOutput
 
 _MAX_STOP_TOKEN_IDS = 1024
+_MAX_ALLOWED_TOKEN_IDS = 2**18
 _GREEDY_BELOW = 1e-5  # temperature
 _MIN_TEMPERATURE = 0.01  # of sampling; less than this overflows in the softmax
 
@@ -80,7 +81,9 @@ class SamplingFields(Fields):
         "logit_bias count.",
     )
     length_penalty: Float = 1.0
-    allowed_token_ids: TokenIds | None = Field(None, min_length=1)
+    allowed_token_ids: TokenIds | None = Field(
+        None, min_length=1, max_length=_MAX_ALLOWED_TOKEN_IDS
+    )
     repetition_detection: Repetition | None = None
     skip_special_tokens: Bool | None = None
     spaces_between_special_tokens: Bool = Field(

@@ -7,6 +7,7 @@ long is found out before, in small pieces.
 import json
 import math
 import re
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import numpy as np
@@ -22,21 +23,21 @@ _LONE_SURROGATE = re.compile(
 )
 
 
-def parse_json(body: bytes, max_depth: int, max_keys: int) -> Any:
+def parse_json(body: bytes, max_depth: int, max_keys: int, max_values: int) -> Any:
     """UTF-8, no NaN or Infinity, no duplicate keys, no lone surrogates, no number that is out of
-    Python's range, nothing nested deeper than `max_depth`, at most `max_keys` keys in all objects.
+    Python's range, nothing nested deeper than `max_depth`; at most `max_keys` keys and `max_values`
+    values in all objects and lists together.
 
     Raises:
         InvalidRequest
     """
-    _check_structure(body, max_depth, max_keys)
+    _check_structure(body, max_depth, max_keys, max_values)
     try:
         text = body.decode()
         value = json.loads(
             text,
             parse_constant=_no_constant,
             parse_float=_float,
-            parse_int=None if len(body) <= MAX_BYTES_AT_ONCE else _int,
             object_pairs_hook=_unique,
         )
     except json.JSONDecodeError as error:
@@ -50,30 +51,39 @@ def parse_json(body: bytes, max_depth: int, max_keys: int) -> Any:
     return value
 
 
-def _check_structure(body: bytes, max_depth: int, max_keys: int) -> None:
+def _check_structure(body: bytes, max_depth: int, max_keys: int, max_values: int) -> None:
     """Before parsing, since the parser recurses."""
     num_open = body.count(b"[") + body.count(b"{")
-    if num_open <= max_depth and body.count(b":") <= max_keys:
+    num_values = num_open + body.count(b",")
+    if num_open <= max_depth and num_values <= max_values and body.count(b":") <= max_keys:
         return
-    depth = num_keys = 0
-    inside, held = False, b""  # of a string; what an escape may still need
-    for start in range(0, len(body), MAX_BYTES_AT_ONCE):
-        piece = held + body[start : start + MAX_BYTES_AT_ONCE]
-        cut = len(piece) - (len(piece) - len(piece.rstrip(b"\\"))) % 2
-        piece, held = piece[:cut], piece[cut:]
-        parts = piece.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
-        outside = b"".join(parts[inside::2])
-        inside ^= len(parts) % 2 == 0
+    depth = num_keys = num_values = 0
+    for outside in _outside_strings(body):
+        brackets = outside.translate(_ONE_KIND, _NOT_BRACKETS)
         num_keys += outside.count(b":")
+        num_values += outside.count(b",") + brackets.count(b"[")
         if num_keys > max_keys:
             raise InvalidRequest(f"The body has more than {max_keys} keys.")
-        brackets = outside.translate(_ONE_KIND, _NOT_BRACKETS)
+        if num_values > max_values:
+            raise InvalidRequest(f"The body has more than {max_values} values.")
         steps = _BETWEEN_BRACKETS - np.frombuffer(brackets, np.uint8).astype(np.int32)
         levels = depth + np.cumsum(steps)
         if levels.size:
             depth = int(levels[-1])
             if levels.max() > max_depth:
                 raise InvalidRequest(f"The body is nested deeper than {max_depth} levels.")
+
+
+def _outside_strings(body: bytes) -> Iterator[bytes]:
+    """What is no string, piece by piece."""
+    inside, held = False, b""  # of a string; what an escape may still need
+    for start in range(0, len(body), MAX_BYTES_AT_ONCE):
+        piece = held + body[start : start + MAX_BYTES_AT_ONCE]
+        cut = len(piece) - (len(piece) - len(piece.rstrip(b"\\"))) % 2
+        piece, held = piece[:cut], piece[cut:]
+        parts = piece.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
+        yield b"".join(parts[inside::2])
+        inside ^= len(parts) % 2 == 0
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -85,11 +95,6 @@ def _float(text: str) -> float:
     if math.isinf(value):
         raise InvalidRequest("The body has a number that is too large.")
     return value
-
-
-def _int(text: str) -> int:
-    """As the parser's own, but others may run in between."""
-    return int(text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

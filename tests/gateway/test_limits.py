@@ -69,8 +69,8 @@ async def test_bodies(
     assert says in error_of(response, 400)["message"]
 
 
-def parse_json(body: bytes, *, depth: int = 64, keys: int = 1000) -> Any:
-    return strict_json.parse_json(body, depth, keys)
+def parse_json(body: bytes, *, depth: int = 64, keys: int = 1000, values: int = 1000) -> Any:
+    return strict_json.parse_json(body, depth, keys, values)
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 2, 3, 7, 1000])
@@ -82,11 +82,13 @@ def test_pieces_do_not_matter(piece_bytes: int, text: str, extra: int) -> None:
     body = json.dumps(value).encode()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(strict_json, "MAX_BYTES_AT_ONCE", piece_bytes)
-        assert parse_json(body, depth=3 + extra, keys=3) == value
+        assert parse_json(body, depth=3 + extra, keys=3, values=5 + extra) == value
         with pytest.raises(InvalidRequest, match="deeper"):
             parse_json(body, depth=2 + extra)
         with pytest.raises(InvalidRequest, match="keys"):
             parse_json(body, keys=2)
+        with pytest.raises(InvalidRequest, match="values"):
+            parse_json(body, values=4 + extra)
 
 
 def test_brackets_in_strings_are_not_depth() -> None:
