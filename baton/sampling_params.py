@@ -11,6 +11,7 @@ from typing import Any
 from baton.errors import InvalidRequest
 
 MAX_TOKEN_ID = (1 << 32) - 1  # on the wire; the vocabulary is checked by whoever knows the model
+MAX_TOP_K = 2**31 - 1  # larger than any vocabulary: larger values are clamped
 MAX_LOGIT_BIAS = 16_384  # entries
 MAX_LOGIT_BIAS_VALUE = 100.0  # larger values are clamped, as OpenAI and vLLM do
 MAX_BAD_WORDS = 128  # token sequences
@@ -184,6 +185,7 @@ class SamplingParams:
     def _normalize(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "top_k", min(self.top_k, MAX_TOP_K))
         for name in ("stop", "stop_token_ids", "bad_words", "logprob_token_ids"):
             object.__setattr__(self, name, tuple(getattr(self, name) or ()))
         if self.allowed_token_ids is not None:

@@ -29,6 +29,7 @@ from baton.types import (
     TransferStats,
     WorkerSnapshot,
 )
+from baton.wire import request_to_pb
 
 Step = TokenChunk | BatonError | asyncio.Event
 Script = Callable[[Request], Sequence[Step]]
@@ -165,6 +166,7 @@ class FakeBackend:
     def open(self, request: Request) -> FakeStream:
         if self.refuse is not None:
             raise self.refuse
+        request_to_pb(request)  # has a form on the wire
         self.streams.append(FakeStream(request, self.script(request), self.report))
         return self.streams[-1]
 

@@ -251,3 +251,12 @@ class TestTexts:
         error = error_of(await client.post(url, json=body), 400)
         assert error["param"] == param
         assert "100" in error["message"]
+
+
+@pytest.mark.parametrize("value", [2**31, 2**32, 2**63 - 1, -(2**63), 1e300])
+async def test_numbers_of_any_size(client: httpx.AsyncClient, value: float) -> None:
+    """What passes has a form on the wire: `FakeBackend` tries."""
+    for name in CompletionRequest.model_fields:
+        response = await client.post(COMPLETIONS, json={"prompt": "Hi", name: value})
+        if response.status_code not in (200, 404):
+            error_of(response, 400)
