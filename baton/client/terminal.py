@@ -3,8 +3,10 @@
 import json
 import sys
 import time
-from collections.abc import Generator
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator
+from contextlib import closing
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import httpx
 
@@ -110,3 +112,78 @@ def print_rate(shown: Shown, num_tokens: int) -> None:
         return
     rate = (num_tokens - 1) / max(shown.total_s - shown.first_s, 1e-9)
     print(f"[{num_tokens} tokens, first after {shown.first_s:.2f} s, {rate:.1f} tok/s]")
+
+
+class Talk(ABC):
+    """A server that is asked one thing at a time."""
+
+    def __init__(self, client: httpx.Client, **options: Any) -> None:
+        """`options` go into every request; those that are None are left to the server."""
+        self._client = client
+        self._options = {name: value for name, value in options.items() if value is not None}
+        self.num_tokens = 0  # of the last answer, as the server counts them
+
+    @abstractmethod
+    def ask(self, text: str) -> Generator[str]:
+        """The answer in pieces.
+
+        Raises:
+            ServerError
+        """
+
+    def obey(self, line: str) -> bool:
+        """Whether what was typed is a command; then it is done."""
+        return False
+
+    def _pieces(
+        self, path: str, body: dict[str, Any], text_of: Callable[[dict[str, Any]], str | None]
+    ) -> Generator[str]:
+        """`text_of`: what a choice of a chunk adds."""
+        self.num_tokens = 0
+        with closing(stream(self._client, path, {**self._options, **body})) as chunks:
+            for chunk, num_tokens in chunks:
+                if num_tokens is not None:
+                    self.num_tokens = num_tokens
+                for choice in chunk["choices"]:
+                    if text := text_of(choice):
+                        yield text
+
+
+class TerminalOptions(TypedDict, total=False):
+    model: str | None  # None = the first one that is served
+    api_key: str | None
+    quick: str | None  # asked alone
+    read: Callable[[str], str]  # shows its argument; raises EOFError when the user leaves
+    transport: httpx.BaseTransport | None
+
+
+def run_terminal(
+    base_url: str,
+    talk_to: Callable[[httpx.Client, str], Talk],
+    help_line: str,
+    **options: Unpack[TerminalOptions],
+) -> int:
+    """Ask until the user leaves, or `quick` alone; the exit status. `talk_to` gets the model."""
+    read, quick = options.get("read", input), options.get("quick")
+    with open_client(base_url, options.get("api_key"), options.get("transport")) as client:
+        try:
+            model = options.get("model") or first_model(client)
+        except ServerError as error:
+            print(error, file=sys.stderr)
+            return 1
+        talk = talk_to(client, model)
+        if quick is not None:
+            shown = show(talk.ask(quick))
+            print()
+            return 0 if shown.ok else 1
+        print(f"{model} at {base_url}\n{help_line}")
+        while True:
+            try:
+                line = read("\n> ")
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return 0
+            if line.strip() and not talk.obey(line):
+                shown = show(talk.ask(line))
+                print()
+                print_rate(shown, talk.num_tokens)
