@@ -6,7 +6,7 @@ import socket
 from baton.errors import BatonError, Cause
 from baton.kvtransfer.pump import Arrivals
 from baton.kvtransfer.shm_ring import RingReader
-from baton.kvtransfer.shm_socket import POSTED, unix_socket
+from baton.kvtransfer.shm_socket import POSTED, is_same_user, unix_socket
 
 _EOF_S = 1.0  # the call says better why a producer is gone; this long it has for it
 
@@ -26,6 +26,9 @@ class Inlet:
         except OSError as error:
             self._connection.close()
             raise BatonError(Cause.TRANSPORT_FAILED, f"shared memory: {error}") from error
+        if not is_same_user(self._connection):
+            self._connection.close()
+            raise BatonError(Cause.TRANSPORT_FAILED, "shared memory: another user listens there")
         self._ring: RingReader | None = None
         self._arrivals: Arrivals[memoryview] = Arrivals()
         self._num_allowed = 0

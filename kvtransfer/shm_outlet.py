@@ -1,16 +1,20 @@
 """The producer's end of shared-memory fetches; see `baton.kvtransfer.shm_socket`."""
 
 import asyncio
+import errno
+import logging
 import socket
-from contextlib import suppress
 
 from baton.errors import BatonError, Cause
 from baton.kvtransfer.base import Buffers
 from baton.kvtransfer.shm_ring import Ring, RingWriter
-from baton.kvtransfer.shm_socket import POSTED, TOKEN_BYTES, listen, remove
+from baton.kvtransfer.shm_socket import POSTED, TOKEN_BYTES, is_same_user, listen, remove
 
-_MAX_PRESENTED = 64  # connections whose fetch has not been heard of yet
-_PRESENTED_S = 10.0
+logger = logging.getLogger(__name__)
+
+_MAX_STRANGERS = 64  # connections whose fetch has not been heard of yet
+_STRANGER_S = 10.0  # how long one may stay
+_NO_FILES_S = 1.0  # how long to wait for file descriptors when there are none
 _CLAIM_S = 5.0  # how long a fetch waits for its connection, which was made before it
 
 
@@ -25,9 +29,10 @@ class Listener:
         self._loop = asyncio.get_running_loop()
         self._socket, self.path = listen()
         self._outlets: set[Outlet] = set()
+        self._strangers: dict[Outlet, asyncio.TimerHandle] = {}
         self._presented: dict[bytes, Outlet] = {}
         self._claims: dict[bytes, asyncio.Future[Outlet]] = {}
-        self._loop.add_reader(self._socket, self._accept)
+        self._listen()
 
     async def claim(self, token: bytes) -> "Outlet":
         """The connection that presents this token.
@@ -36,31 +41,53 @@ class Listener:
             BatonError: TRANSPORT_FAILED; nobody does.
         """
         if token in self._presented:
-            return self._presented.pop(token)
+            return self._known(self._presented.pop(token))
         claim: asyncio.Future[Outlet] = self._loop.create_future()
         self._claims[token] = claim
         try:
             async with asyncio.timeout(_CLAIM_S):
-                return await claim
+                return self._known(await claim)
         except TimeoutError:
             raise BatonError(Cause.TRANSPORT_FAILED, "the consumer does not connect") from None
         finally:
             del self._claims[token]
 
+    def _known(self, outlet: "Outlet") -> "Outlet":
+        """It belongs to a fetch, and stays for the next ones."""
+        timer = self._strangers.pop(outlet, None)
+        if timer is not None:
+            timer.cancel()
+        return outlet
+
     def _accept(self) -> None:
-        with suppress(OSError):  # it is gone again, or there are too many files: the next event
+        try:
             connection, _ = self._socket.accept()
-            self._outlets.add(Outlet(self, connection))
+        except OSError as error:  # it is gone again, perhaps
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                logger.warning("no file descriptor is left for shared memory: %s", error)
+                self._loop.remove_reader(self._socket)
+                self._loop.call_later(_NO_FILES_S, self._listen)
+            return
+        if len(self._strangers) >= _MAX_STRANGERS or not is_same_user(connection):
+            connection.close()
+            return
+        outlet = Outlet(self, connection)
+        self._outlets.add(outlet)
+        self._strangers[outlet] = self._loop.call_later(_STRANGER_S, outlet.close)
+
+    def _listen(self) -> None:
+        if self._socket.fileno() >= 0:
+            self._loop.add_reader(self._socket, self._accept)
 
     def presented(self, outlet: "Outlet", token: bytes) -> None:
         claim = self._claims.get(token)
         if claim is not None and not claim.done():
             claim.set_result(outlet)
-        elif len(token) != TOKEN_BYTES or len(self._presented) >= _MAX_PRESENTED:
+        elif len(token) != TOKEN_BYTES or len(self._presented) >= _MAX_STRANGERS:
             outlet.close()
         else:
             self._presented[token] = outlet
-            self._loop.call_later(_PRESENTED_S, self._expire, token)
+            self._loop.call_later(_STRANGER_S, self._expire, token)
 
     def _expire(self, token: bytes) -> None:
         outlet = self._presented.pop(token, None)
@@ -69,6 +96,7 @@ class Listener:
 
     def forget(self, outlet: "Outlet") -> None:
         self._outlets.discard(outlet)
+        self._known(outlet)
         for token in [token for token, other in self._presented.items() if other is outlet]:
             del self._presented[token]
 

@@ -6,7 +6,8 @@ file system, hands the ring over and says which slots are filled.
     producer → consumer    slot, length (u32 each): a frame is there
 
 The token travels in the authenticated `KV.Fetch` call as well, so a connection is good for nothing
-but the fetches of whoever made such a call; only the user who runs the worker can connect at all.
+but the fetches of whoever made such a call; only the user who runs the worker can connect at all:
+the socket's folder and the socket are theirs alone, and both ends ask the kernel who the other is.
 A connection goes on to the next fetch between the same two workers when one has ended well.
 """
 
@@ -24,6 +25,7 @@ from baton.errors import BatonError, Cause
 
 TOKEN_BYTES = 32
 POSTED = struct.Struct("<II")
+_PEER = struct.Struct("3i")  # pid, uid, gid
 _PREFIX, _NAME = "baton-kv-", "kv"
 
 
@@ -95,6 +97,7 @@ def listen() -> tuple[socket.socket, str]:
     listening = unix_socket()
     try:
         listening.bind(path + ".new")
+        os.chmod(path + ".new", 0o600)
         listening.listen(128)
         Path(path + ".new").rename(path)  # who finds it, can connect
     except OSError:
@@ -102,6 +105,12 @@ def listen() -> tuple[socket.socket, str]:
         remove(path)
         raise
     return listening, path
+
+
+def is_same_user(connection: socket.socket) -> bool:
+    """Does the other end belong to the user who runs this process?"""
+    peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+    return int(_PEER.unpack(peer)[1]) == os.geteuid()
 
 
 def remove(path: str) -> None:

@@ -133,12 +133,13 @@ def test_a_file_that_is_no_memfd() -> None:
 async def test_only_the_user_of_the_worker_can_see_the_socket(pair: Pair) -> None:
     path = Place.parse((await pair.producer.start(ScriptedSource(frames_script([])))).address).path
     assert stat.S_IMODE(Path(path).parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(Path(path).stat().st_mode) == 0o600
 
 
 async def test_a_connection_without_a_fetch_gets_nothing(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("baton.kvtransfer.shm_outlet._PRESENTED_S", 0.05)
+    monkeypatch.setattr("baton.kvtransfer.shm_outlet._STRANGER_S", 0.05)
     peer = await pair.producer.start(ScriptedSource(frames_script([b"frame"])))
     with connect(Place.parse(peer.address).path) as stranger:
         stranger.send(bytes(TOKEN_BYTES))

@@ -110,28 +110,18 @@ class FetchRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[FetchOpen, _Mapping]] = ..., credit: _Optional[_Union[FetchCredit, _Mapping]] = ..., done: _Optional[_Union[FetchDone, _Mapping]] = ...) -> None: ...
 
 class FetchOpened(_message.Message):
-    __slots__ = ("epoch", "num_ready_tokens", "address")
+    __slots__ = ("epoch", "num_ready_tokens")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     NUM_READY_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    ADDRESS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     num_ready_tokens: int
-    address: str
-    def __init__(self, epoch: _Optional[int] = ..., num_ready_tokens: _Optional[int] = ..., address: _Optional[str] = ...) -> None: ...
+    def __init__(self, epoch: _Optional[int] = ..., num_ready_tokens: _Optional[int] = ...) -> None: ...
 
 class FetchHave(_message.Message):
     __slots__ = ("num_tokens",)
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_tokens: int
     def __init__(self, num_tokens: _Optional[int] = ...) -> None: ...
-
-class FramePosted(_message.Message):
-    __slots__ = ("seq", "num_bytes")
-    SEQ_FIELD_NUMBER: _ClassVar[int]
-    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
-    seq: int
-    num_bytes: int
-    def __init__(self, seq: _Optional[int] = ..., num_bytes: _Optional[int] = ...) -> None: ...
 
 class FetchFailed(_message.Message):
     __slots__ = ("cause", "detail")
@@ -142,18 +132,16 @@ class FetchFailed(_message.Message):
     def __init__(self, cause: _Optional[_Union[_common_pb2.Cause, str]] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class FetchReply(_message.Message):
-    __slots__ = ("opened", "have", "frame", "posted", "failed")
+    __slots__ = ("opened", "have", "frame", "failed")
     OPENED_FIELD_NUMBER: _ClassVar[int]
     HAVE_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
-    POSTED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     opened: FetchOpened
     have: FetchHave
     frame: bytes
-    posted: FramePosted
     failed: FetchFailed
-    def __init__(self, opened: _Optional[_Union[FetchOpened, _Mapping]] = ..., have: _Optional[_Union[FetchHave, _Mapping]] = ..., frame: _Optional[bytes] = ..., posted: _Optional[_Union[FramePosted, _Mapping]] = ..., failed: _Optional[_Union[FetchFailed, _Mapping]] = ...) -> None: ...
+    def __init__(self, opened: _Optional[_Union[FetchOpened, _Mapping]] = ..., have: _Optional[_Union[FetchHave, _Mapping]] = ..., frame: _Optional[bytes] = ..., failed: _Optional[_Union[FetchFailed, _Mapping]] = ...) -> None: ...
 
 class EndOfKV(_message.Message):
     __slots__ = ("first_tokens", "tokens_digest")
