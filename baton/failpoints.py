@@ -37,6 +37,8 @@ NAMES = frozenset(
         "token",  # step 8, D: tokens are about to be sent
         "done",  # step 7, P: the consumer says that it has verified everything
         "release",  # step 8, P: Release has arrived
+        "pool",  # pooling workers: a call has arrived
+        "pooled",  # pooling workers: it is about to be answered
         "engine-step",  # anywhere: a step is about to run
     )
 )

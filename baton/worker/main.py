@@ -63,9 +63,9 @@ def run(config: WorkerConfig, policy: WorkerPolicy) -> int:
 def run_pooling(config: WorkerConfig) -> int:
     """Serve a pooling model until a signal; returns the exit status."""
 
-    def load(server: RpcServer, port: int, _: Failpoints, __: AsyncExitStack) -> Process:
+    def load(server: RpcServer, port: int, failpoints: Failpoints, _: AsyncExitStack) -> Process:
         runner = load_pooling_runner(runner_config(config, config))
-        return PoolingProcess(config, runner, server, port)
+        return PoolingProcess(config, failpoints, runner, server, port)
 
     return _run(config, load)
 

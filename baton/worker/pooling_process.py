@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 
 from baton.config import WorkerConfig
@@ -10,6 +11,7 @@ from baton.engine.pooling_core import AddJob, PoolingCore, PoolingOutput, Poolin
 from baton.engine.pooling_runner import PoolingRunner
 from baton.engine.pooling_thread import PoolingThread
 from baton.errors import Cause
+from baton.failpoints import Failpoints
 from baton.latency import LatencyModel
 from baton.pooling import PoolingInput
 from baton.rpc import ClusterToken, RpcServer
@@ -30,22 +32,41 @@ WARM_UP_STEPS = 8
 WARM_UP_TOKENS = 32
 
 
+class _FailingRunner:
+    """With a failpoint in front of every step."""
+
+    def __init__(self, runner: PoolingRunner, failpoints: Failpoints) -> None:
+        self._runner = runner
+        self._failpoints = failpoints
+
+    def run(self, rows: Sequence[PoolingRow]) -> list[bytes | None]:
+        self._failpoints.hit("engine-step")
+        return self._runner.run(rows)
+
+
 class PoolingProcess:
     """See `baton.worker.main.Process`."""
 
     def __init__(
-        self, config: WorkerConfig, runner: PoolingRunner, server: RpcServer, port: int
+        self,
+        config: WorkerConfig,
+        failpoints: Failpoints,
+        runner: PoolingRunner,
+        server: RpcServer,
+        port: int,
     ) -> None:
         """
         Args:
             server: bound to `port`, not started.
         """
         self._config = config
+        self._failpoints = failpoints
         self._server = server
         self._loop = asyncio.get_running_loop()
         self._failed: asyncio.Future[Exception] = self._loop.create_future()
         self._info = describe_pooling_worker(config, runner, port)
-        core = PoolingCore(runner, config.max_num_batched_tokens, config.max_num_seqs)
+        failing = _FailingRunner(runner, failpoints) if failpoints else runner
+        core = PoolingCore(failing, config.max_num_batched_tokens, config.max_num_seqs)
         self._latency = LatencyModel()
         _warm_up(core, self._latency, runner.info.vocab_size, runner.info.max_model_len)
         self._engine = PoolingThread(core, self._post_output, self._post_failure)
@@ -57,7 +78,8 @@ class PoolingProcess:
     async def start(self, token: ClusterToken, redis_url: str) -> asyncio.Future[Exception]:
         """Serve and register; the result is set when the worker breaks."""
         config, info = self._config, self._info
-        PoolingService(info, self._desk, self._snapshot).add_to(self._server.grpc)
+        service = PoolingService(info, self._desk, self._snapshot, self._failpoints)
+        service.add_to(self._server.grpc)
         self._engine.start()
         await self._server.start(SERVICES)
         watch = StepWatch(self._engine, self._latency, config, info.max_model_len)

@@ -11,6 +11,7 @@ import grpc
 
 from baton import wire
 from baton.errors import BatonError, Cause
+from baton.failpoints import Failpoints
 from baton.messages import Abort, Failed, GatewayMessage, Heartbeat, Hello, Release, StepBatch
 from baton.session_wire import SERVICE, serve_sessions
 from baton.types import WorkerInfo, WorkerSnapshot
@@ -26,8 +27,13 @@ class PoolingService:
     """Adds its handlers to a worker's server."""
 
     def __init__(
-        self, info: WorkerInfo, desk: PoolingDesk, snapshot: Callable[[], WorkerSnapshot]
+        self,
+        info: WorkerInfo,
+        desk: PoolingDesk,
+        snapshot: Callable[[], WorkerSnapshot],
+        failpoints: Failpoints,
     ) -> None:
+        self._failpoints = failpoints
         self._info = info
         self._desk = desk
         self._snapshot = snapshot
@@ -52,7 +58,10 @@ class PoolingService:
         )
 
     async def _pool(self, message: Any, _context: Any) -> worker_pb2.PoolReply:
-        return pool_reply_to_pb(await self._desk.pool(pool_request_from_pb(message)))
+        self._failpoints.hit("pool")
+        results = await self._desk.pool(pool_request_from_pb(message))
+        self._failpoints.hit("pooled")
+        return pool_reply_to_pb(results)
 
     async def _session(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         log.info("session with %s", context.peer())

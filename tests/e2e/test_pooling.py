@@ -1,10 +1,14 @@
 """A fleet of pooling workers: the demo model embeds, its last token pooled."""
 
+import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import pytest
+from harness import wait_until
 
 from baton import LLM, SamplingParams
 from baton.config import ServeConfig
@@ -92,4 +96,43 @@ def test_workers_that_are_killed_stopped_or_ended_cost_no_answer(fleet: Any, exp
         for answer in answers:
             assert_close(answer, expected)
     assert ended(fleet) - before == ended(fleet, outcome="ok") - before_ok == 44
+    fleet.assert_no_leak()
+
+
+STEPS = [
+    pytest.param("pooled", "stop"),
+    *(
+        pytest.param(name, how, marks=pytest.mark.slow)
+        for name in ("pool", "engine-step", "pooled")
+        for how in ("kill", "stop")
+        if (name, how) != ("pooled", "stop")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "how"), STEPS)
+def test_a_worker_is_struck_at_a_step(fleet: Any, expected: Any, name: str, how: str) -> None:
+    """By a failpoint, in the middle of a request: another worker answers."""
+    victim = "pooling-0"
+    fleet.kill(victim)
+    fleet.start_worker(victim, BATON_FAILPOINT=f"{name}:+1={how}", BATON_TEST_HOOKS="true")
+    if "pooling-1" not in fleet.processes:
+        fleet.start_worker("pooling-1")
+    fleet.wait_workers(victim, "pooling-1")
+    process = psutil.Process(fleet.pid(victim))
+    struck = {
+        "kill": lambda: fleet.processes[victim].poll() is not None,
+        "stop": lambda: process.status() == psutil.STATUS_STOPPED,
+    }[how]
+    os.kill(fleet.pid(victim), signal.SIGUSR1)
+
+    def serve() -> bool:
+        assert_close(embed(fleet, TEXTS), expected)
+        return struck()
+
+    wait_until(serve, 60.0, "struck")
+    assert_close(embed(fleet, TEXTS), expected)
+    if how == "stop":
+        fleet.cont(victim)
+        fleet.wait_workers(victim, "pooling-1")
     fleet.assert_no_leak()

@@ -12,6 +12,7 @@ import torch
 from baton.config import WorkerConfig
 from baton.engine.pooling_core import AbortJob, AddJob, PoolingOutput, PoolingResult
 from baton.errors import BatonError, Cause
+from baton.failpoints import Failpoints
 from baton.messages import Failed, Heartbeat, Hello, StepBatch, Submit
 from baton.pooling import PoolingInfo, PoolingInput, PoolingRequest, PoolingTask
 from baton.rpc import ClusterToken, Connection, RpcServer, connect, is_serving, to_baton_error
@@ -180,7 +181,7 @@ async def running(model: Path, redis_server: RedisServer) -> AsyncIterator[Runni
     server = RpcServer(ClusterToken())
     port = server.bind("127.0.0.1", 0)
     config = WorkerConfig(model=str(model), max_num_batched_tokens=64)
-    process = PoolingProcess(config, load_runner(model), server, port)
+    process = PoolingProcess(config, Failpoints(), load_runner(model), server, port)
     await process.start(ClusterToken(), redis_server.url)
     address = f"127.0.0.1:{port}"
     connection = connect(address, ClusterToken())
