@@ -1,7 +1,7 @@
 """The body of Anthropic's /v1/messages, and the chat request that it amounts to."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -102,9 +102,11 @@ class MessagesRequest(CountTokensRequest):
         return translated(ChatCompletionRequest, fields, {"stop": "stop_sequences"})
 
 
-def _text_of(content: str | Sequence[Mapping[str, Any]], where: str) -> str:
+def _text_of(content: object, where: str) -> str:
     if isinstance(content, str):
         return content
+    if not isinstance(content, list):
+        raise _refusal(content, where)
     texts = []
     for block in content:
         match block:
@@ -115,9 +117,9 @@ def _text_of(content: str | Sequence[Mapping[str, Any]], where: str) -> str:
     return "\n".join(texts)
 
 
-def _refusal(block: Mapping[str, Any], where: str) -> InvalidRequest:
-    known = {"image", "document", "search_result", "container_upload"}
-    kind = block.get("type")
+def _refusal(block: object, where: str) -> InvalidRequest:
+    known = ("image", "document", "search_result", "container_upload")
+    kind = block.get("type") if isinstance(block, dict) else None
     what = f"blocks of type {kind}" if kind in known else "a block that is malformed"
     return InvalidRequest(f"This model takes text, not {what}.", where)
 
