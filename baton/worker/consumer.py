@@ -5,7 +5,7 @@ Bind ─► AddDecode ─► KVReserved: Bound, fetch ─► Imported ─► tok
 ComputeLocally ─► AddLocal ─► tokens … ─► every choice finished
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from baton.engine import commands
@@ -55,6 +55,7 @@ from baton.types import (
     WorkerInfo,
 )
 from baton.worker.effects import FetchKV, SessionId
+from baton.worker.leg_table import LegOwner
 from baton.worker.outbox import Outbox
 from baton.worker.policy import PrefillPredictor, WorkerPolicy
 from baton.worker.prefix_fetches import PrefixFetches
@@ -68,7 +69,7 @@ class _DecodeLeg:
     deadline_at_ms: int | None
 
 
-class ConsumerSide:
+class ConsumerSide(LegOwner[_DecodeLeg]):
     """Owns the decode legs, local ones included, and the reservation table of one worker."""
 
     def __init__(
@@ -79,35 +80,13 @@ class ConsumerSide:
         outbox: Outbox,
         prefixes: PrefixFetches,
     ) -> None:
+        super().__init__()
         self._info = info
         self._policy = policy
         self._predictor = predictor
         self._outbox = outbox
         self._prefixes = prefixes
-        self._legs: dict[LegId, _DecodeLeg] = {}
         self.reservations = ReservationTable(policy.decide_ms, policy.fetch_stall_ms)
-
-    def __len__(self) -> int:
-        return len(self._legs)
-
-    def __iter__(self) -> Iterator[LegId]:
-        return iter(self._legs)
-
-    def __contains__(self, leg: LegId) -> bool:
-        return leg in self._legs
-
-    def session_of(self, leg: LegId) -> SessionId:
-        return self._legs[leg].session
-
-    def legs_of(self, session: SessionId) -> list[LegId]:
-        return [leg for leg, record in self._legs.items() if record.session == session]
-
-    def overdue(self, now_ms: int) -> list[LegId]:
-        return [
-            leg
-            for leg, record in self._legs.items()
-            if record.deadline_at_ms is not None and record.deadline_at_ms <= now_ms
-        ]
 
     # ── from the gateway ─────────────────────────────────────────────────────────────────────────
 

@@ -6,7 +6,7 @@ the lease lives on until Release, Abort, a lost session, expiry or eviction
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from baton.engine import commands
@@ -37,6 +37,7 @@ from baton.kvtransfer.ticket import TicketKeyring, check_fetch
 from baton.messages import Admitted, Failed, LeaseLost, NoRoom, Progress, Submit
 from baton.types import KVRange, KVTicket, LegId, Request, TokenChunk, WorkerInfo
 from baton.worker.effects import SessionId
+from baton.worker.leg_table import LegOwner
 from baton.worker.outbox import Outbox
 from baton.worker.policy import PrefillPredictor, WorkerPolicy
 from baton.worker.prefix_fetches import PrefixFetches
@@ -62,7 +63,7 @@ class _PrefillLeg:
         return not self.awaited
 
 
-class ProducerSide:
+class ProducerSide(LegOwner[_PrefillLeg]):
     """Owns the prefill legs and the lease table of one worker."""
 
     def __init__(
@@ -76,6 +77,7 @@ class ProducerSide:
         first_epoch: int,
         random_id: Callable[[], bytes],
     ) -> None:
+        super().__init__()
         self._info = info
         self._policy = policy
         self._keyring = keyring
@@ -83,31 +85,8 @@ class ProducerSide:
         self._outbox = outbox
         self._prefixes = prefixes
         self._random_id = random_id
-        self._legs: dict[LegId, _PrefillLeg] = {}
         self.leases = LeaseTable(first_epoch, policy.attachment_stall_ms, policy.lease_idle_ms)
         self.refusals: Counter[Cause] = Counter()  # since the start, for metrics
-
-    def __len__(self) -> int:
-        return len(self._legs)
-
-    def __iter__(self) -> Iterator[LegId]:
-        return iter(self._legs)
-
-    def __contains__(self, leg: LegId) -> bool:
-        return leg in self._legs
-
-    def session_of(self, leg: LegId) -> SessionId:
-        return self._legs[leg].session
-
-    def legs_of(self, session: SessionId) -> list[LegId]:
-        return [leg for leg, record in self._legs.items() if record.session == session]
-
-    def overdue(self, now_ms: int) -> list[LegId]:
-        return [
-            leg
-            for leg, record in self._legs.items()
-            if record.deadline_at_ms is not None and record.deadline_at_ms <= now_ms
-        ]
 
     # ── from the gateway ─────────────────────────────────────────────────────────────────────────
 
