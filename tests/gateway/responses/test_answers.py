@@ -16,7 +16,7 @@ from baton.text import Tokenizer
 from baton.types import FinishReason, StructuredKind
 from tests.conftest import RedisServer, Until
 from tests.gateway.fakes import FakeBackend, chunks
-from tests.gateway.responses import (
+from tests.gateway.responses.support import (
     ARGUMENTS,
     BODY,
     CALL,
@@ -26,21 +26,11 @@ from tests.gateway.responses import (
     TOOL,
     URL,
     MakeService,
-    another,
-    answer,
-    api,
-    app,
-    client,
     client_of,
     created,
     error_of,
-    make_service,
-    service,
-    settings,
 )
 from tests.gateway.test_messages import events
-
-__all__ = ["another", "answer", "api", "app", "client", "make_service", "service", "settings"]
 
 ALLOWED = {
     "type": "allowed_tools",

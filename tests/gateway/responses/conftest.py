@@ -1,15 +1,13 @@
-"""Apps that answer /v1/responses, their clients, and what is asked of them in most tests."""
+"""Apps that answer /v1/responses, and their clients."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from fastapi import FastAPI
-from prometheus_client import CollectorRegistry
 
 from baton.errors import BatonError, Cause
 from baton.gateway.app import create_app
@@ -17,21 +15,11 @@ from baton.gateway.context import Context
 from baton.gateway.responses.service import ResponseService
 from baton.gateway.responses.store import ResponseStore
 from baton.settings import GatewaySettings
-from baton.telemetry import GatewayMetrics
 from baton.text import Tokenizer
 from baton.types import FinishReason
 from tests.conftest import RedisServer
 from tests.gateway.fakes import FakeBackend, chunks
-
-URL = "/v1/responses"
-BODY = {"model": "tiny", "input": "Hi"}
-SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-TOOL = {"type": "function", "name": "weather", "parameters": SCHEMA}
-ARGUMENTS = '{"city": "Bern"}'
-CALL = f'<tool_call>{{"name": "weather", "arguments": {ARGUMENTS}}}</tool_call>'
-LOGPROBS = "message.output_text.logprobs"
-KEYS = ("alice", "bob")
-MakeService = Callable[..., ResponseService]
+from tests.gateway.responses.support import KEYS, MakeService, client_of
 
 
 @pytest.fixture
@@ -71,18 +59,6 @@ def app(context: Context, service: ResponseService) -> FastAPI:
     return create_app(context, responses=service)
 
 
-def another(context: Context, service: ResponseService) -> FastAPI:
-    """A gateway beside the first one."""
-    metrics = GatewayMetrics(CollectorRegistry())
-    return create_app(replace(context, metrics=metrics), responses=service)
-
-
-def client_of(app: FastAPI, key: str = "alice") -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    headers = {"Authorization": f"Bearer {key}"}
-    return httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers)
-
-
 @pytest.fixture
 async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     async with client_of(app) as client:
@@ -112,14 +88,3 @@ def answer(backend: FakeBackend, tokenizer: Tokenizer) -> Any:
         backend.script = script
 
     return say
-
-
-async def created(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
-    response = await client.post(URL, json=BODY | fields)
-    assert response.status_code == 200, response.text
-    return dict(response.json())
-
-
-def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
-    assert response.status_code == status, response.text
-    return dict(response.json()["error"])

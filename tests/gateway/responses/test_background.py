@@ -13,25 +13,16 @@ from baton.gateway.app import create_app
 from baton.gateway.context import Context
 from tests.conftest import RedisServer, Until
 from tests.gateway.fakes import FakeBackend
-from tests.gateway.responses import (
+from tests.gateway.responses.support import (
     BODY,
     URL,
     MakeService,
     another,
-    answer,
-    api,
-    app,
-    client,
     client_of,
     created,
     error_of,
-    make_service,
-    service,
-    settings,
 )
 from tests.gateway.test_messages import events
-
-__all__ = ["another", "answer", "api", "app", "client", "make_service", "service", "settings"]
 
 
 async def test_background(api: openai.AsyncOpenAI, answer: Any) -> None:
