@@ -22,6 +22,7 @@ _HUBER = 0.5  # relative error beyond which a step's weight falls as 1 / error
 _REFIT_EVERY = 4  # observations between two fits
 _SWEEPS = 10  # of coordinate descent over five coefficients, from where they are
 _MIN_LINK_BYTES = 64 * 1024
+_STALL_FACTOR = 4.0  # slower than it was taken to be: as patience goes
 _PLAUSIBLE_MS = (1e-3, 1e7)  # a duration outside says that a clock is broken
 HALF_LIFE_MS = 30_000.0  # of what was learned, while nothing confirms it
 _MIN_EVIDENCE = 0.5  # that stays, in steps: more than the prior has
@@ -217,6 +218,11 @@ class LinkModel:
             self.observe(stats.ready_bytes, stats.ready_ms)
         elif stats.num_bytes > self.bytes_per_ms * stats.duration_ms:
             self.observe(stats.num_bytes, stats.duration_ms)
+
+    def stalled(self) -> None:
+        """A fetch was given up because too little came in time: the next one is given more."""
+        self.bytes_per_ms /= _STALL_FACTOR
+        self.num_measured += 1
 
     def observe(self, num_bytes: int, duration_ms: float) -> None:
         """Learn from what came without a wait. Too little says more of latency than of rate and is

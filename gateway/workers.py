@@ -131,6 +131,12 @@ class Link:
         if self.model.num_measured > num_measured:
             self.measured_at_ms = now_ms
 
+    def failed(self, cause: Cause, now_ms: float) -> None:
+        self.failures[cause] += 1
+        if cause is Cause.TRANSFER_STALLED:
+            self.model.stalled()
+            self.measured_at_ms = now_ms
+
     def count(self, stats: TransferStats) -> None:
         self.transport = stats.transport
         before = self.moved.get(stats.transport, Moved())
@@ -267,7 +273,7 @@ class Fleet:
             return
         link.model.ended(num_bytes)
         if failure is not None:
-            link.failures[failure] += 1
+            link.failed(failure, now_ms)
         if stats is not None:
             link.learn(stats, now_ms)
             link.count(stats)
@@ -331,7 +337,7 @@ class Fleet:
                 else:
                     self.transfer_ended(leg, prefix.stats, prefix.cause, now_ms)
             case KvFailed(_, _, cause):
-                self.transfer_ended(leg, None, cause)
+                self.transfer_ended(leg, None, cause, now_ms)
             case NoRoom() | Failed():
                 self.transfer_ended(leg, None)
             case _:

@@ -190,6 +190,8 @@ class _Fetch:
         except BatonError as error:
             if error.cause is Cause.TRANSPORT_FAILED:
                 link.avoid_until_s = time.monotonic() + AVOID_S
+            elif error.cause is Cause.TRANSFER_STALLED:
+                _warn(address, desk._links.stalled(link))
             raise
         stats = replace(
             stats,
@@ -197,9 +199,7 @@ class _Fetch:
             ready_bytes=importer.ready_bytes,
             ready_ms=importer.ready_ms,
         )
-        warning = desk._links.learn(link, stats)
-        if warning is not None:
-            log.warning("KV from %s is slow: %s", address.address, warning)
+        _warn(address, desk._links.learn(link, stats))
         payload = importer.end_payload or b""
         self._first_tokens = parse_end_payload(payload, order.fetch.tokens_digest)
         return stats
@@ -230,6 +230,11 @@ class _Fetch:
             "fetch of %s ended at token %d: %s: %s", self._order.leg, valid, cause.name, detail
         )
         self._desk._events.fetch_failed(self._order.leg, valid, cause, detail)
+
+
+def _warn(address: TransportAddress, warning: str | None) -> None:
+    if warning is not None:
+        log.warning("KV from %s is slow: %s", address.address, warning)
 
 
 def _pace_ms(fetch: FetchOpen, num_bytes: int, predicted_ms: float) -> int:

@@ -84,6 +84,14 @@ class LinkTable:
         """From a fetch. Returns a warning when this link turns out to be far slower than the others
         of its class; another one only after it has been about as fast as they."""
         link.model.learn(stats)
+        return self._compared(link)
+
+    def stalled(self, link: Link) -> str | None:
+        """A fetch was given up because too little came in time; as `learn`."""
+        link.model.stalled()
+        return self._compared(link)
+
+    def _compared(self, link: Link) -> str | None:
         if link.model.num_measured < _MIN_MEASURED:
             return None
         others = _measured(self._of(link.where, link), _MIN_MEASURED)

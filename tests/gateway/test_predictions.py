@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from baton.errors import Cause
 from baton.gateway.router import (
     DecodeDecision,
     Need,
@@ -15,7 +16,7 @@ from baton.gateway.router import (
 )
 from baton.gateway.workers import Fleet, Worker
 from baton.latency import HALF_LIFE_MS, LatencyModel
-from baton.messages import StepBatch
+from baton.messages import KvFailed, StepBatch
 from baton.types import LegId, LinkRate, Role, StepTiming, TransferStats, WorkerInfo
 from tests.gateway.support import worker_info
 
@@ -155,6 +156,17 @@ def test_steps_in_a_row_are_not_aged() -> None:
     assert evidence > 10
     seen(fleet, "p1", PREFILL, 100.0, 10 * HALF_LIFE_MS)
     assert worker(fleet, "p1").latency.evidence > 10, "the gap counts once"
+
+
+def test_a_link_that_stalled_is_predicted_to_be_slower() -> None:
+    fleet = fleet_of(P1, P2, D1)
+    link_used(fleet, "p1", 200, 0.0)
+    before_ms = fleet.transfer_ms("p1", "d1", 1 << 24)
+    fleet.transfer_started(LegId("p1", 2), "p1", "d1", 1 << 24)
+    stalled = KvFailed(LegId("p1", 2), 0, Cause.TRANSFER_STALLED, "")
+    fleet.received("d1", StepBatch((stalled,), worker(fleet, "d1").snapshot), 1.0)
+    assert fleet.transfer_ms("p1", "d1", 1 << 24) > 3 * before_ms
+    assert fleet.link("p1", "d1").view().num_failures == 1
 
 
 def link_used(fleet: Fleet, source: str, megabytes_s: float, now_ms: float) -> None:

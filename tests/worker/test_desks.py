@@ -286,6 +286,21 @@ async def test_a_link_that_failed_is_the_last_choice() -> None:
     assert (broken.num_fetches, sound.num_fetches) == (1, 1)
 
 
+async def test_a_link_that_stalled_is_given_more_time() -> None:
+    """Otherwise each fetch over it would be given up like the first."""
+    stalled = ScriptedTransport("one", BatonError(Cause.TRANSFER_STALLED, "no frame came"))
+    links = LinkTable()
+    memory = KVMemory(torch.zeros(1, 2, 4, 16, 1, 4), LAYOUT)
+    desk = FetchDesk(Outcomes(), memory, [stalled], "h", links)
+    await run(desk)
+    link = links.get(ORDER.transports[0])
+    assert link is not None
+    before = link.model.bytes_per_ms
+    await run(desk)
+    assert link.model.bytes_per_ms == before / 4
+    assert stalled.num_fetches == 2, "it is not the last choice: it works"
+
+
 async def test_an_address_that_is_out_of_reach_is_not_tried() -> None:
     near = ScriptedTransport("one", end_payload(CHUNKS, DIGEST))
     sound = ScriptedTransport("two", end_payload(CHUNKS, DIGEST))
