@@ -7,11 +7,12 @@ Two rows per transport and size:
     transport     frames that are packed and checksummed already, taken and dropped
     pool to pool  pack, checksum, move, verify, unpack
 
-and, measured in the same run right before each of them: a bare one-stream loopback TCP copy (1 MiB
-sends) and a memcpy; beside one block, an empty streaming call. Each row is taken `--repeats` times
-(less if time runs out) in turn with the others and the best counts, on both sides of a ratio: noise
-only ever adds time. CPU seconds are of both processes. At the end: the table of
-docs/performance.md, and whether the targets hold.
+beside them what pool to pool costs without any protocol (copies alone, see
+`bench.kv_transfer_floor`), and, measured in the same run right before each of them: a bare
+one-stream loopback TCP copy (1 MiB sends) and a memcpy; beside one block, an empty streaming call.
+Each row is taken `--repeats` times (less if time runs out) in turn with the others and the best
+counts, on both sides of a ratio: noise only ever adds time. CPU seconds are of both processes. At
+the end: the table of docs/performance.md, and whether the targets hold.
 
 The KV is that of a 0.5B-parameter model: 24 layers, 2 KV heads of 64, bfloat16, blocks of 16
 tokens; 1b is one block (192 KiB).
@@ -27,6 +28,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from multiprocessing.connection import Connection
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +44,9 @@ from baton.kvtransfer.negotiate import make_transports
 from baton.kvtransfer.progress import KVReady
 from baton.rpc import ClusterToken, RpcServer
 from baton.types import BlockId, KVGroup, KVKind, KVLayout, KVRange, KVTicket, TransportAddress
+from bench.kv_transfer_floor import make_ring, serve_copies, take_copies
 from bench.kv_transfer_report import (
+    COPIES,
     EMPTY,
     MIB,
     POOL,
@@ -157,14 +161,18 @@ def produce(control: Connection, names: list[str], max_tokens: int, device: str)
 async def _produce(control: Connection, names: list[str], max_tokens: int, device: str) -> None:
     memory, block_ids = kv_memory(max_tokens, seed=1, device=device)
     source = Source(Exporter(memory, OpenGate(block_ids)))
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener, ring = socket.create_server(("127.0.0.1", 0)), make_ring()
     threading.Thread(target=serve_tcp, args=(listener,), daemon=True).start()
+    copies = socket.create_server(("127.0.0.1", 0))
+    arguments = (copies, ring, memory, block_ids)
+    threading.Thread(target=serve_copies, args=arguments, daemon=True).start()
     async with transports(names) as mine:
         addresses = {name: await transport.start(source) for name, transport in mine.items()}
-        control.send((addresses, listener.getsockname()))
+        control.send((addresses, listener.getsockname(), copies.getsockname(), ring.name))
         while await asyncio.to_thread(control.recv) == "cpu":
             control.send(time.process_time())
     memory.close()
+    ring.unlink()
 
 
 def serve_tcp(listener: socket.socket) -> None:
@@ -200,6 +208,8 @@ class Bench:
         self,
         control: Connection,
         tcp: socket.socket,
+        copies: socket.socket,
+        ring: SharedMemory,
         mine: dict[str, Transport],
         theirs: dict[str, TransportAddress],
         max_tokens: int,
@@ -207,6 +217,8 @@ class Bench:
     ) -> None:
         self._control = control
         self._tcp = tcp
+        self._copies = copies
+        self._ring = ring
         self._mine = mine
         self._theirs = theirs
         self._memory, self._block_ids = kv_memory(max_tokens, seed=2, device=device)
@@ -230,7 +242,24 @@ class Bench:
             got += self._tcp.recv_into(target[got : min(num_bytes, got + MIB)])
         return time.perf_counter() - started_s
 
-    async def fetch(self, name: str, row: str, num_tokens: int, samples: Samples) -> None:
+    async def take(self, name: str, row: str, num_tokens: int, samples: Samples) -> None:
+        """One sample."""
+        num_bytes = num_tokens * LAYOUT.token_bytes
+        samples.memcpy_s.append(self.memcpy(num_bytes))
+        samples.tcp_s.append(self.copy_tcp(num_bytes))
+        if row == COPIES:
+            self._copy_alone(num_tokens, samples)
+        else:
+            await self._fetch(name, row, num_tokens, samples)
+
+    def _copy_alone(self, num_tokens: int, samples: Samples) -> None:
+        where = (self._copies, self._ring, self._memory, self._block_ids)
+        cpu_s, started_s = self._cpu_s(), time.perf_counter()
+        samples.num_frames = take_copies(*where, num_tokens)
+        samples.seconds.append(time.perf_counter() - started_s)
+        samples.cpu_s.append(self._cpu_s() - cpu_s)
+
+    async def _fetch(self, name: str, row: str, num_tokens: int, samples: Samples) -> None:
         fetch = fetch_of(num_tokens, row)
         sink: Importer | Counter = (
             Importer(self._memory, self._block_ids, fetch.range)
@@ -253,15 +282,14 @@ class Bench:
         num_bytes = num_tokens * LAYOUT.token_bytes
         of = (EMPTY, TRANSPORT, POOL) if num_tokens <= BLOCK else (TRANSPORT, POOL)
         rows = {(name, row): Samples() for name in self._mine for row in of}
+        rows["none", COPIES] = Samples()
         started_s = time.perf_counter()
         for repeat in range(-1, repeats):  # the first one warms up
             if repeat >= 2 and time.perf_counter() - started_s > max_s:
                 break
             for (name, row), samples in rows.items():
                 kept = samples if repeat >= 0 else Samples()
-                kept.memcpy_s.append(self.memcpy(num_bytes))
-                kept.tcp_s.append(self.copy_tcp(num_bytes))
-                await self.fetch(name, row, num_tokens, kept)
+                await self.take(name, row, num_tokens, kept)
         return [describe(name, row, num_bytes, samples) for (name, row), samples in rows.items()]
 
 
@@ -293,10 +321,14 @@ async def main() -> None:
         target=produce, args=(theirs, names, max(sizes), arguments.device), daemon=True
     )
     child.start()
-    addresses, tcp_address = control.recv()
-    with socket.create_connection(tcp_address) as tcp:
+    addresses, tcp_address, copies_address, ring_name = control.recv()
+    ring = SharedMemory(ring_name)
+    with (
+        socket.create_connection(tcp_address) as tcp,
+        socket.create_connection(copies_address) as copies,
+    ):
         async with transports(names) as mine:
-            bench = Bench(control, tcp, mine, addresses, max(sizes), arguments.device)
+            bench = Bench(control, tcp, copies, ring, mine, addresses, max(sizes), arguments.device)
             report: list[Line] = []
             for num_tokens in sizes:
                 max_s = arguments.max_seconds / len(sizes)

@@ -7,6 +7,7 @@ from typing import Any
 
 MIB = 1 << 20
 TRANSPORT, POOL, EMPTY = "transport", "pool to pool", "empty call"
+COPIES = "copies alone"  # pool to pool without a protocol
 
 _FROM_BYTES = 15 * MIB  # targets hold from 16 MiB on; sizes are whole tokens
 _TARGETS = (  # of which row of which transport, against which limit
@@ -106,6 +107,7 @@ def show_targets(report: list[Line]) -> None:
             verdict = "holds" if min(found.values()) >= target else "MISSED"
             ratios = ", ".join(f"{size} {ratio:.2f}" for size, ratio in found.items())
             print(f"- {name} {row} >= {target} of {_LIMITS[key]}: {verdict} ({ratios})")
+    _show_beside_copies(report)
     for empty in (line for line in report if line["row"] == EMPTY):
         where = (empty["size"], empty["transport"])
         for line in report:
@@ -116,6 +118,23 @@ def show_targets(report: list[Line]) -> None:
                     f"- one block over {where[1]} <= {_MAX_CALLS:.0f} empty calls: {verdict} "
                     f"({calls:.1f})"
                 )
+
+
+def _show_beside_copies(report: list[Line]) -> None:
+    """How near each transport is to what the copies allow on this machine."""
+    copies = {line["size"]: line for line in report if line["row"] == COPIES}
+    sizes = [size for size in copies if size >= _FROM_BYTES]
+    if not sizes:
+        return
+    limits = ", ".join(f"{_size(copies[s])} {copies[s]['of_memcpy']:.2f}" for s in sizes)
+    print(f"- copies alone, of memcpy: {limits}")
+    for name in dict.fromkeys(line["transport"] for line in report if line["row"] == POOL):
+        of_copies = ", ".join(
+            f"{_size(line)} {copies[line['size']]['best_ms'] / line['best_ms']:.2f}"
+            for line in report
+            if (line["transport"], line["row"]) == (name, POOL) and line["size"] in sizes
+        )
+        print(f"- {name} pool to pool, of copies alone: {of_copies}")
 
 
 def _size(line: Line) -> str:
