@@ -6,13 +6,15 @@ from hypothesis import strategies as st
 
 from baton.errors import BatonError, Cause
 from baton.hashing import tokens_digest
+from baton.kvtransfer.base import FetchOpen
 from baton.kvtransfer.ticket import (
     TicketKeyring,
+    check_fetch,
     check_ticket,
     salt_digest,
     ticket_bytes,
 )
-from baton.types import KVGroup, KVKind, KVLayout, KVTicket, Request, SamplingParams
+from baton.types import KVGroup, KVKind, KVLayout, KVRange, KVTicket, Request, SamplingParams
 
 GROUP = KVGroup(KVKind.FULL, 2, 1, 4, "float32")
 LAYOUT = KVLayout((GROUP,), block_size=16)
@@ -131,3 +133,29 @@ def test_a_consumer_compares_the_ticket_with_its_request(
     with pytest.raises(BatonError) as caught:
         check_ticket(ticket, REQUEST, b"f" * 32, LAYOUT)
     assert caught.value.cause is cause
+
+
+@pytest.mark.parametrize(
+    ("layers", "tokens", "is_covered"),
+    [
+        ((0, GROUP.num_layers), (0, 40), True),
+        ((0, GROUP.num_layers), (16, 40), True),  # a prefix is there already
+        ((0, GROUP.num_layers), (40, 40), True),  # all of it: the end frame is wanted
+        ((0, GROUP.num_layers), (0, 39), False),  # whoever says "done" must have read it all
+        ((0, GROUP.num_layers), (0, 41), False),
+        ((0, GROUP.num_layers - 1), (0, 40), False),
+        ((1, GROUP.num_layers), (0, 40), False),
+        ((0, GROUP.num_layers + 1), (0, 40), False),
+    ],
+)
+def test_a_producer_serves_the_whole_ticket_or_nothing(
+    layers: tuple[int, int], tokens: tuple[int, int], is_covered: bool
+) -> None:
+    claims = UNSIGNED.fingerprint, UNSIGNED.tokens_digest, UNSIGNED.salt_digest
+    fetch = FetchOpen(UNSIGNED, KVRange(*layers, *tokens), LAYOUT, *claims, consumer="d")
+    if is_covered:
+        check_fetch(fetch, UNSIGNED)
+        return
+    with pytest.raises(BatonError) as caught:
+        check_fetch(fetch, UNSIGNED)
+    assert caught.value.cause is Cause.PROTOCOL
