@@ -118,6 +118,8 @@ class Guard:
         chunked = "transfer-encoding" in headers
         if len(lengths) > 1 or (lengths and chunked):
             raise HTTPException(400, "Content-Length and Transfer-Encoding contradict each other.")
+        if chunked and headers["transfer-encoding"].strip().lower() != "chunked":
+            raise HTTPException(400, "Transfer-Encoding may be chunked only.")
         if scope["path"] not in OPEN_PATHS and not self._keys.accept(_authorization(headers)):
             raise BatonError(Cause.UNAUTHENTICATED, "Missing or incorrect API key.")
         declared = int(lengths[0]) if lengths and lengths[0].isdecimal() else 0

@@ -3,6 +3,7 @@ head, and of everything else that is not body; and with our body where it answer
 """
 
 import asyncio
+import re
 
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -11,6 +12,14 @@ from baton.gateway.errors import api_error
 from baton.settings import LimitSettings
 
 _LINGER_S = 1.0
+_UPGRADE = re.compile(rb"\r\nUpgrade:[^\r\n]*", re.IGNORECASE)
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """Java's client asks for HTTP/2 in passing. It may be ignored, but the parser would take a body
+    behind such a head for HTTP/2, and leave it out."""
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"", head) + end + rest if b"pgrade:" in head else data
 
 
 def http_protocol(limits: LimitSettings) -> type[HttpToolsProtocol]:
@@ -46,7 +55,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         if self._linger is not None:
             return
         self._has_progressed = False
-        super().data_received(data)
+        super().data_received(_without_upgrade(data) if self._is_idle else data)
         if self._linger is not None or self.transport.is_closing():
             return
         self._num_idle_bytes = 0 if self._has_progressed else self._num_idle_bytes + len(data)

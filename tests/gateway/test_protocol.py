@@ -260,3 +260,16 @@ async def test_an_upgrade_is_not_taken_up(connection: Connection) -> None:
     head: Any = b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     connection.send(head + b"\r\n")
     assert (await connection.answer()).status_code == 200
+
+
+async def test_an_upgrade_is_ignored(connection: Connection) -> None:
+    asks = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+    for _ in range(2):
+        connection.send(WHOLE.replace(b"Host: x\r\n", b"Host: x\r\n" + asks))
+        assert (await connection.answer()).status_code == 200
+
+
+async def test_only_chunks_are_understood(connection: Connection) -> None:
+    coded = HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n%x\r\n" % len(BODY)
+    connection.send(coded + BODY + b"\r\n0\r\n\r\n")
+    error_of(await connection.answer(), 400)
