@@ -121,6 +121,7 @@ def _listen_to_signals() -> asyncio.Future[None]:
 
     def on_signal() -> None:
         if told.done():
+            log.warning("second signal: ending at once")
             os._exit(1)
         told.set_result(None)
 

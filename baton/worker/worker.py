@@ -5,6 +5,7 @@ code in the same process.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 
@@ -29,6 +30,8 @@ from baton.worker.machine import WorkerMachine
 from baton.worker.policy import WorkerPolicy
 from baton.worker.runtime import Observer, WorkerRuntime
 from baton.worker.scores import Scored, ScoreDesk
+
+log = logging.getLogger(__name__)
 
 IDLE_LOOK_S = 0.05
 LAST_WORDS_S = 2.0  # for readers and writers to stop once every leg was handed over
@@ -121,6 +124,7 @@ class Worker:
         """Admit nothing more; return when all is finished, or handed over at the deadline."""
         self.runtime.drain()
         if not await self._idle_within(timeout_s):
+            log.warning("not drained within %.0f s: what is left goes to other workers", timeout_s)
             self.runtime.hand_over()
             await self._idle_within(LAST_WORDS_S)
 
