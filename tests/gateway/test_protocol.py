@@ -3,7 +3,6 @@ none waits for ever, none is remembered without bound."""
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -118,7 +117,6 @@ class TestSlowness:
         assert await connection.closed() == b""
 
     async def test_a_byte_now_and_then_does_not_help(self, connection: Connection) -> None:
-        started = time.monotonic()
         with suppress(ConnectionError):
             for byte in HEAD * 3:
                 connection.send(bytes((byte,)))
@@ -126,7 +124,8 @@ class TestSlowness:
                 await asyncio.sleep(0.02)
                 if connection.is_answered:
                     break
-        assert time.monotonic() - started < 3
+            else:
+                pytest.fail("it may be sent byte by byte")
         assert b"408" in await connection.closed()
 
     async def test_of_the_second_head_on_a_connection(self, connection: Connection) -> None:

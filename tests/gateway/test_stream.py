@@ -100,7 +100,7 @@ async def test_leaving_before_the_first_token(
     fake = await opened(backend)
     assert not fake.aborted.is_set()
     call.leave()
-    await asyncio.wait_for(fake.aborted.wait(), 1)
+    await asyncio.wait_for(fake.aborted.wait(), 30)
     await asyncio.wait_for(call.done, 30)
     assert not call.sent
     count = context.metrics.requests.labels(COMPLETIONS, "cancelled")._value.get()
@@ -287,7 +287,7 @@ class TestOverTcp:
         async with self._request(server, {"prompt": "Hi", "stream": stream}):
             while not backend.streams:
                 await asyncio.sleep(0.001)
-        await asyncio.wait_for(backend.streams[0].aborted.wait(), 1)
+        await asyncio.wait_for(backend.streams[0].aborted.wait(), 30)
 
     async def test_an_unread_stream_holds_up_its_own_tokens_only(
         self, server: str, backend: FakeBackend, tokenizer: Tokenizer
@@ -304,7 +304,7 @@ class TestOverTcp:
             while left != (left := len(fake._steps)):
                 await asyncio.sleep(0.2)
             assert 0 < left < num_tokens
-        await asyncio.wait_for(fake.aborted.wait(), 1)
+        await asyncio.wait_for(fake.aborted.wait(), 30)
 
 
 async def test_a_finished_request_is_one_log_line_without_its_text(

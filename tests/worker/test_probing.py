@@ -103,7 +103,7 @@ async def test_silent_peers_delay_readiness_by_a_bounded_time(
     started_s = time.monotonic()
     transport, links = await probed([None] * 30)
     assert time.monotonic() - started_s < 10.0
-    assert 2 <= len(transport.asked) <= 3
+    assert 1 <= len(transport.asked) <= 3
     assert links.rates() == ()
     assert "some links were not probed" in caplog.text
     assert "nothing within" in caplog.text
