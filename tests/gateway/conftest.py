@@ -102,8 +102,33 @@ def app(context: Context) -> FastAPI:
 
 @pytest.fixture
 async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    async with _client_of(app) as client:
+        yield client
+
+
+def _client_of(app: FastAPI) -> httpx.AsyncClient:
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+    return httpx.AsyncClient(transport=transport, base_url="http://gateway")
+
+
+@pytest.fixture(scope="module")
+def lasting_backend(model: ServedModel, say: Callable[[str], Script]) -> FakeBackend:
+    return FakeBackend(say("Hello world"), (model,))
+
+
+@pytest.fixture(scope="module")
+def lasting_app(tokenizer: Tokenizer, lasting_backend: FakeBackend) -> Iterator[FastAPI]:
+    pool = TokenizerPool(tokenizer, num_threads=1, max_pending=64)
+    settings = GatewaySettings.model_validate({})
+    yield create_app(make_context(lasting_backend, pool, settings, LimitSettings()))
+    pool.close()
+
+
+@pytest.fixture
+async def lasting_client(lasting_app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """Of one application for all requests of a module that are refused as they come: to make the
+    routes of one takes longer than fifty refusals."""
+    async with _client_of(lasting_app) as client:
         yield client
 
 

@@ -157,8 +157,8 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
 )
 @pytest.mark.parametrize("stream", [False, True])
 async def test_bad_completions(
-    client: httpx.AsyncClient,
-    backend: FakeBackend,
+    lasting_client: httpx.AsyncClient,
+    lasting_backend: FakeBackend,
     fields: dict[str, Any],
     param: str,
     stream: bool,
@@ -168,10 +168,10 @@ async def test_bad_completions(
         if "stream_options" in fields:
             return
         body.setdefault("stream", True)
-    error = error_of(await client.post(COMPLETIONS, json=body), 400)
+    error = error_of(await lasting_client.post(COMPLETIONS, json=body), 400)
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param
-    assert not backend.streams
+    assert not lasting_backend.streams
 
 
 @pytest.mark.parametrize(
@@ -227,11 +227,14 @@ async def test_a_field_that_asks_for_nothing_special_is_no_error(client: httpx.A
     ],
 )
 async def test_bad_chats(
-    client: httpx.AsyncClient, backend: FakeBackend, fields: dict[str, Any], param: str
+    lasting_client: httpx.AsyncClient,
+    lasting_backend: FakeBackend,
+    fields: dict[str, Any],
+    param: str,
 ) -> None:
-    error = error_of(await client.post(CHAT, json={"messages": USER, **fields}), 400)
+    error = error_of(await lasting_client.post(CHAT, json={"messages": USER, **fields}), 400)
     assert error["param"] == param
-    assert not backend.streams
+    assert not lasting_backend.streams
 
 
 @pytest.mark.parametrize("stream", [False, True])

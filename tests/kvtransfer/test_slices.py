@@ -140,7 +140,7 @@ async def test_one_rank_that_fails_ends_them_all_and_leaves_the_common_prefix() 
         pool = pool_of(None, target, 0, seed=9)
         importing = SliceImport(pool.memory, pool.block_ids, plan_slices(ALL, source, target, 0))
         running = asyncio.create_task(importing.run(ranks.fetch_by(consumer)))
-        while importing.importers[1].valid_tokens < 48:
+        while any(importer.valid_tokens < 48 for importer in importing.importers):
             await asyncio.sleep(0.001)
         ranks.gates[1].feeds[0].cut(BatonError(Cause.LEASE_UNKNOWN, "evicted"))
         with pytest.raises(BatonError, match="evicted"):
