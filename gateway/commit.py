@@ -40,7 +40,7 @@ class OutputLog:
         if chunk.start > known:
             raise ValueError(f"index {chunk.start} after {known} committed tokens")
         again = min(known, stop) - chunk.start
-        if self.contradicts(chunk):
+        if again and self.contradicts(chunk):
             self.num_defects += 1
         new = chunk.token_ids[again:]
         choice.token_ids.extend(new)

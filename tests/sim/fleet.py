@@ -426,8 +426,9 @@ class SimFleet:
         """Everybody was served and the fleet is at rest."""
         if self.world.now < self.plan.fault_window_ms:
             return False
-        if not all(client.is_over for client in self.clients):
-            return False
+        for client in self.clients:
+            if client.end is None and not client.is_lost:
+                return False
         nodes: list[SimWorker | SimGateway] = [*self.workers.values(), *self.gateways.values()]
         if not all(node.is_alive and node.paused_until <= self.world.now for node in nodes):
             return False

@@ -102,11 +102,9 @@ class SlowRunner(NullRunner):
         self, block_ids: Sequence[BlockId], start: int, values: Sequence[int], layer: int = 0
     ) -> None:
         if self._is_running:
-            blocks, before = (
-                list(block_ids),
-                self.export_kv(block_ids, start, start + len(values), layer),
-            )
+            blocks = list(block_ids)
             self._writes.append((layer, blocks, start, values))
+            before = self.export_kv(blocks, start, start + len(values), layer)
             self._before.append((layer, blocks, start, before))
         super().import_kv(block_ids, start, values, layer)
 

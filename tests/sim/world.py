@@ -48,7 +48,9 @@ class World:
             self._trace(f"{self.now:9.2f}  {who:4}  {' '.join(map(str, what))}")
 
     def after(self, ms: float, node: Node | None, call: Callable[..., None], *args: Any) -> None:
-        self.at(self.now + ms, node, call, *args)
+        life = node.life if node is not None else 0
+        event = (self.now + ms, next(self._seq), node, life, call, args)
+        heapq.heappush(self._events, event)
 
     def at(self, when: float, node: Node | None, call: Callable[..., None], *args: Any) -> None:
         life = node.life if node is not None else 0
@@ -56,8 +58,9 @@ class World:
 
     def delay(self) -> float:
         """One way over the network: mostly short, sometimes long."""
-        scale = 1.0 if self.rng.random() < 0.95 else 20.0
-        return self.rng.random() * self.max_delay * scale
+        random = self.rng.random
+        scale = 1.0 if random() < 0.95 else 20.0
+        return random() * self.max_delay * scale
 
     def run_one(self) -> bool:
         """Run the next event; False when there is none."""
