@@ -1,4 +1,5 @@
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
@@ -149,6 +150,91 @@ def test_legs_that_share_a_block_go_with_it() -> None:
     pool.retain(A, shared + own)
     pool.allocate(3)
     assert sorted(pool.take_evicted_legs()) == [A, B]
+
+
+def _count_twice(pool: BlockPool, _: BlockId) -> None:
+    pool._num_refs[0] += 1
+
+
+def _lose_a_free_block(pool: BlockPool, free: BlockId) -> None:
+    pool._unused[free] = 0
+    pool._num_unused -= 1
+
+
+def _free_an_owned_one(pool: BlockPool, _: BlockId) -> None:
+    pool._unused[0] = 1
+    pool._num_unused += 1
+
+
+def _forget_what_is_evictable(pool: BlockPool, _: BlockId) -> None:
+    pool.cache.forget(next(iter(pool._evictable)))
+
+
+def _free_what_is_evictable(pool: BlockPool, _: BlockId) -> None:
+    pool._unused[next(iter(pool._evictable))] = 1
+    pool._num_unused += 1
+
+
+def _evict_what_is_owned(pool: BlockPool, _: BlockId) -> None:
+    publish(pool, [BlockId(0)], 7)
+    pool._evictable[BlockId(0)] = None
+
+
+def _publish_a_free_one(pool: BlockPool, free: BlockId) -> None:
+    publish(pool, [free], 7)
+
+
+def _retain_a_free_one(pool: BlockPool, free: BlockId) -> None:
+    pool._retained[B] = (free,)
+    pool._retainers[free] = {B}
+
+
+def _announce_what_nobody_owns(pool: BlockPool, _: BlockId) -> None:
+    pool.cache._writers[next(iter(pool._evictable))] = None
+
+
+def _forget_a_retainer(pool: BlockPool, _: BlockId) -> None:
+    pool._retained[B] = (BlockId(0),)
+
+
+def _forget_a_quarantine(pool: BlockPool, _: BlockId) -> None:
+    pool._quarantine.clear()
+
+
+@pytest.mark.parametrize(
+    "breakage",
+    [
+        None,
+        _count_twice,
+        _lose_a_free_block,
+        _free_an_owned_one,
+        _forget_what_is_evictable,
+        _free_what_is_evictable,
+        _evict_what_is_owned,
+        _publish_a_free_one,
+        _retain_a_free_one,
+        _announce_what_nobody_owns,
+        _forget_a_retainer,
+        _forget_a_quarantine,
+    ],
+)
+def test_the_check_of_integrity_sees_every_breakage(
+    breakage: Callable[[BlockPool, BlockId], None] | None,
+) -> None:
+    pool = pool_of(16)
+    owned, cached, kept, written = (pool.allocate(2) for _ in range(4))
+    publish(pool, cached)
+    pool.release(cached)
+    pool.retain(A, kept)
+    pool.quarantine(B, written)
+    assert owned[0] == 0
+    owners = Counter(owned)
+    pool.check_integrity(owners)
+    if breakage is not None:
+        free = BlockId(next(i for i in range(16) if pool._unused[i]))
+        breakage(pool, free)
+        with pytest.raises(AssertionError):
+            pool.check_integrity(owners)
 
 
 class PoolMachine(RuleBasedStateMachine):
