@@ -8,27 +8,22 @@ TPOT are of one stream at a time (medians), and of `CROWD` streams at once.
 import asyncio
 import json
 import random
-import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 import torch
 
-from baton.config import ServeConfig
 from baton.fleet import Fleet
 from bench.gpu_engine import CONFIG
 from bench.gpu_report import Limits, Report
+from bench.small_fleet import dummy_fleet
 
-DEMO = Path(ServeConfig().model_source)
 VOCAB, NUM_OUTPUTS, CROWD, REPEATS = 2048, 64, 16, 5
 PROMPT_LENS = (512, 4096)
-START_S = 150.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,43 +32,19 @@ class Stream:
     tpot_s: float
 
 
-def model_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="baton-bench-"))
-    for source in DEMO.glob("*token*.json"):
-        shutil.copy(source, folder)
-    config = {**CONFIG, "vocab_size": VOCAB, "eos_token_id": 2}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
-
-
 @asynccontextmanager
 async def fleet(num_prefill: int, num_decode: int) -> AsyncIterator[Fleet]:
     """Ready to serve."""
-    folder = model_folder()
-    made = Fleet(
-        ServeConfig(
-            model=str(folder),
-            load_format="dummy",
-            device="cuda",
-            port=0,
-            prefill_workers=num_prefill,
-            decode_workers=num_decode,
-            enable_prefix_caching=False,
-            max_num_batched_tokens=2048,
-            local_prefill="fallback",
-            slo_tpot_ms=10_000,
-        )
-    )
-    made.start()
-    try:
-        async with asyncio.timeout(START_S):
-            while await asyncio.to_thread(made.get, "/health") is None:  # noqa: ASYNC110
-                await asyncio.sleep(0.25)
+    async with dummy_fleet(
+        {**CONFIG, "vocab_size": VOCAB, "eos_token_id": 2},
+        device="cuda",
+        prefill_workers=num_prefill,
+        decode_workers=num_decode,
+        max_num_batched_tokens=2048,
+        local_prefill="fallback",
+        slo_tpot_ms=10_000,
+    ) as made:
         yield made
-    finally:
-        await made.stop()
-        made.clean()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 async def complete(client: httpx.AsyncClient, model: str, prompt_len: int) -> Stream:

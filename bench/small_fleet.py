@@ -5,10 +5,12 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import baton
 from baton.config import ServeConfig
@@ -41,38 +43,53 @@ MODEL = {
 async def small_fleet(
     num_prefill: int, num_decode: int, transports: Sequence[str]
 ) -> AsyncIterator[Fleet]:
-    """A fleet that is ready to serve; it is stopped and its files are removed at the end.
+    """See `dummy_fleet`."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    async with dummy_fleet(
+        MODEL,
+        served_model_name=MODEL_NAME,
+        threads=1,
+        prefill_workers=num_prefill,
+        decode_workers=num_decode,
+        transports=tuple(transports),
+        kv_cache_memory_bytes=512 << 20,
+        log_level="warning",
+    ) as made:
+        yield made
+
+
+@asynccontextmanager
+async def dummy_fleet(model: Mapping[str, Any], **settings: Any) -> AsyncIterator[Fleet]:
+    """A fleet that is ready to serve random weights; it is stopped and its files are removed at the
+    end, and when SIGTERM ends the benchmark.
+
+    Args:
+        model: a config.json; the tokenizer is the demo model's.
+        settings: of `ServeConfig`.
 
     Raises:
         TimeoutError: it is not ready after three minutes.
     """
-    folder = Path(tempfile.mkdtemp(prefix="baton-bench-"))
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder:
+        _write_model(Path(folder), model)
+        base = {"load_format": "dummy", "port": 0, "enable_prefix_caching": False}
+        made = Fleet(ServeConfig(model=folder, **base, **settings))
+        loop.add_signal_handler(signal.SIGTERM, task.cancel)
+        made.start()
+        try:
+            async with asyncio.timeout(180):
+                while await asyncio.to_thread(made.get, "/health") is None:  # noqa: ASYNC110
+                    await asyncio.sleep(0.25)
+            yield made
+        finally:
+            loop.remove_signal_handler(signal.SIGTERM)
+            await made.stop()
+            made.clean()
+
+
+def _write_model(folder: Path, config: Mapping[str, Any]) -> None:
     for source in (Path(baton.__file__).parent / "demo_model").glob("*token*.json"):
         shutil.copy(source, folder)
-    (folder / "config.json").write_text(json.dumps(MODEL), encoding="utf-8")
-    made = Fleet(
-        ServeConfig(
-            model=str(folder),
-            load_format="dummy",
-            served_model_name=MODEL_NAME,
-            port=0,
-            threads=1,
-            prefill_workers=num_prefill,
-            decode_workers=num_decode,
-            transports=tuple(transports),
-            enable_prefix_caching=False,
-            kv_cache_memory_bytes=512 << 20,
-            log_level="warning",
-        )
-    )
-    os.environ["OMP_NUM_THREADS"] = "1"
-    made.start()
-    try:
-        async with asyncio.timeout(180):
-            while await asyncio.to_thread(made.get, "/health") is None:  # noqa: ASYNC110
-                await asyncio.sleep(0.25)
-        yield made
-    finally:
-        await made.stop()
-        made.clean()
-        shutil.rmtree(folder, ignore_errors=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")

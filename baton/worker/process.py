@@ -13,6 +13,7 @@ from baton.grants import GrantKeys
 from baton.kvtransfer.memory import KVMemory
 from baton.rpc import ClusterToken, RpcServer
 from baton.tracing import make_tracer
+from baton.types import WorkerInfo
 from baton.worker.data_plane import DataPlane, make_data_plane
 from baton.worker.engine import FailingRunner, StepWatch
 from baton.worker.identity import advertised_host, describe_worker
@@ -67,53 +68,29 @@ class WorkerProcess:
         Raises:
             ValueError: the settings contradict each other.
         """
-        config, runner = self._config, self._runner
+        runner = self._runner
         memory = KVMemory(runner.kv_cache.tensor, runner.kv_cache.layout)
-        self._plane = make_data_plane(
+        self._plane = plane = make_data_plane(
             memory,
-            config.transports,
+            self._config.transports,
             self._server.grpc,
             token,
             self._address,
-            config.kv_staging_memory_bytes,
+            self._config.kv_staging_memory_bytes,
         )
-        transports = await self._plane.start()
-        info = describe_worker(config, self._policy.role, runner, self._address, transports)
-        self._registration = Registration(config, redis_url, info)
-        failing = FailingRunner(runner, self._failpoints) if self._failpoints else runner
-        core = EngineCore(engine_config(config, runner, self._policy.role), failing)
-        observers: list[Observer] = [self._metrics.observer, self._registration]
-        self._plane.exports.tracer = self._tracer
-        if self._tracer is not None:
-            observers.append(LegSpans(self._tracer, info.worker_id))
-        keys = GrantKeys(config.cluster, token.secrets)
-        self._worker = worker = Worker(
-            info,
-            self._policy,
-            core,
-            self._plane,
-            keys,
-            observers,
-            self._failpoints,
-            runner.grammars,
-        )
-        runtime = worker.runtime
-        self._metrics.observer.watch(
-            runtime.machine.producer, runtime.exports, worker.fetches, self._plane.staging
-        )
+        transports = await plane.start()
+        info = describe_worker(self._config, self._policy.role, runner, self._address, transports)
+        self._registration = Registration(self._config, redis_url, info)
+        keys = GrantKeys(self._config.cluster, token.secrets)
+        self._worker = worker = self._make_worker(info, plane, keys, self._registration)
         self._service = WorkerService(worker.runtime, self._registration.inventory, worker.score)
         self._service.add_to(self._server.grpc)
         worker.start()
         await self._server.start(SERVICES)
         self._watching = asyncio.create_task(
-            StepWatch(worker.engine, worker.latency, config).run(self._server.set_serving)
+            StepWatch(worker.engine, worker.latency, self._config).run(self._server.set_serving)
         )
-        peers = self._registration.peers
-        await probe_links(await peers(), info, self._plane.transports, worker.links)
-        self._registration.start()
-        self._probing = asyncio.create_task(
-            probe_first_peers(peers, info, self._plane.transports, worker.links)
-        )
+        await self._join(info, plane, worker, self._registration)
         log.info(
             "%s: %s at %s, %d KV blocks on %s, metrics on port %d",
             info.worker_id,
@@ -124,6 +101,36 @@ class WorkerProcess:
             self._metrics.port,
         )
         return worker.runtime.failed
+
+    def _make_worker(
+        self, info: WorkerInfo, plane: DataPlane, keys: GrantKeys, registration: Registration
+    ) -> Worker:
+        """The engine and what goes on around it; the metrics and spans watch it."""
+        runner = self._runner
+        failing = FailingRunner(runner, self._failpoints) if self._failpoints else runner
+        core = EngineCore(engine_config(self._config, runner, self._policy.role), failing)
+        observers: list[Observer] = [self._metrics.observer, registration]
+        plane.exports.tracer = self._tracer
+        if self._tracer is not None:
+            observers.append(LegSpans(self._tracer, info.worker_id))
+        worker = Worker(
+            info, self._policy, core, plane, keys, observers, self._failpoints, runner.grammars
+        )
+        runtime = worker.runtime
+        self._metrics.observer.watch(
+            runtime.machine.producer, runtime.exports, worker.fetches, plane.staging
+        )
+        return worker
+
+    async def _join(
+        self, info: WorkerInfo, plane: DataPlane, worker: Worker, registration: Registration
+    ) -> None:
+        """Measure the links to whoever is there, and be found from now on."""
+        await probe_links(await registration.peers(), info, plane.transports, worker.links)
+        registration.start()
+        self._probing = asyncio.create_task(
+            probe_first_peers(registration.peers, info, plane.transports, worker.links)
+        )
 
     async def drain(self, timeout_s: float) -> None:
         """Admit nothing more, finish what is here, hand over the rest at the deadline."""
