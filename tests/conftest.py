@@ -13,6 +13,7 @@ from pathlib import Path
 os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: each with one thread
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    os.environ["GRPC_VERBOSITY"] = "ERROR"  # what it writes while no test runs is not captured
 
 import pytest
 from redis.asyncio import Redis

@@ -3,10 +3,13 @@
 import subprocess
 import sys
 
+import pytest
+
 from baton.config import WorkerConfig
 from baton.decode_worker.policy import decode_policy
 from baton.prefill_worker.policy import prefill_policy
 from baton.types import Role
+from baton.worker.main import run
 
 
 def test_policies() -> None:
@@ -31,9 +34,7 @@ def test_a_worker_without_redis_says_so() -> None:
     assert "--redis-url" in done.stderr
 
 
-def test_failpoints_are_refused_without_test_hooks() -> None:
-    command = [sys.executable, "-m", "baton.cli", "decode-worker", "--failpoint", "bind:1=kill"]
-    command += ["--redis-url", "redis://127.0.0.1:1/0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2
-    assert "--test-hooks" in done.stderr
+def test_failpoints_are_refused_without_test_hooks(caplog: pytest.LogCaptureFixture) -> None:
+    config = WorkerConfig(failpoint=("bind:1=kill",), redis_url="redis://127.0.0.1:1/0")
+    assert run(config, decode_policy(config)) == 2
+    assert "--test-hooks" in caplog.text
