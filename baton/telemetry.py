@@ -11,6 +11,7 @@ import sys
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from baton.histogram import TokenHistogram
 from baton.settings import LogSettings
 from baton.vllm_metrics import VllmMetrics
 
@@ -63,7 +64,13 @@ class GatewayMetrics(_Metrics):
     def _declare_latencies(self) -> None:
         self.ttft_s = self._seconds("time_to_first_token", "From arrival to the first token.")
         self.ttft_phase_s = self._seconds("ttft_phase", "Parts of TTFT; they sum to it.", "phase")
-        self.itl_s = self._seconds("inter_token_latency", "Between two chunks of one choice.")
+        self.itl_s = TokenHistogram(
+            "baton_inter_token_latency_seconds",
+            "Between two chunks of one choice.",
+            (),
+            buckets=_LATENCY_S,
+            registry=self.registry,
+        )
         self.tpot_s = self._seconds(
             "time_per_output_token", "(last token - first token) / (output tokens - 1)."
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from baton.histogram import TokenHistogram
 from baton.types import SamplingParams, TransferStats, WorkerSnapshot
 
 _LABELS = ("model_name", "engine")
@@ -72,7 +73,7 @@ class VllmMetrics:
         self._ttft.labels(model, "0").observe(ttft_s)
 
     def next_token(self, model: str, itl_s: float) -> None:
-        self._itl.labels(model, "0").observe(itl_s)
+        self._itl.observe(itl_s, (model, "0"))
 
     def finished(self, model: str, span: RequestSpan) -> None:
         labels = (model, "0")
@@ -180,7 +181,13 @@ class VllmMetrics:
 
     def _declare_times(self) -> None:
         self._ttft = self._histogram("time_to_first_token_seconds", "TTFT.", _TTFT_S)
-        self._itl = self._histogram("inter_token_latency_seconds", "ITL.", _TPOT_S)
+        self._itl = TokenHistogram(
+            "vllm:inter_token_latency_seconds",
+            "ITL.",
+            _LABELS,
+            buckets=_TPOT_S,
+            registry=self._registry,
+        )
         self._tpot = self._histogram(
             "request_time_per_output_token_seconds", "TPOT of a request.", _TPOT_S
         )
