@@ -103,17 +103,18 @@ def chunk_to_pb(chunk: TokenChunk) -> pb.TokenChunk:
 
 
 def chunk_from_pb(message: pb.TokenChunk) -> TokenChunk:
-    check_len(message.token_ids, MAX_TOKENS, "token_ids")
-    if len(message.logprobs) not in (0, len(message.token_ids)):
+    ids, logprobs = message.token_ids, message.logprobs
+    check_len(ids, MAX_TOKENS, "token_ids")
+    if logprobs and len(logprobs) != len(ids):
         raise refuse("logprobs do not match token_ids")
     return TokenChunk(
-        leg=leg_from_pb(message.leg),
-        choice=message.choice,
-        start=message.start,
-        token_ids=tuple(message.token_ids),
-        logprobs=tuple(_logprobs_from_pb(item) for item in message.logprobs),
-        finish_reason=_finish_reason(message.finish_reason),
-        stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
+        leg_from_pb(message.leg),
+        message.choice,
+        message.start,
+        tuple(ids),
+        tuple(map(_logprobs_from_pb, logprobs)) if logprobs else (),
+        _finish_reason(message.finish_reason),
+        message.stop_token_id if message.HasField("stop_token_id") else None,
     )
 
 

@@ -51,8 +51,7 @@ class OutputLog:
             return None
         if not again and ends == (chunk.finish_reason is not None):
             return chunk
-        return replace(
-            chunk,
+        return chunk._replace(
             start=stop - len(new),
             token_ids=new,
             logprobs=chunk.logprobs[again:],
@@ -63,7 +62,10 @@ class OutputLog:
         """Does it have another id at a committed index?"""
         if not 0 <= chunk.choice < len(self._choices):
             return False
-        known = self._choices[chunk.choice].token_ids[chunk.start :]
+        token_ids = self._choices[chunk.choice].token_ids
+        if chunk.start >= len(token_ids):
+            return False
+        known = token_ids[chunk.start :]
         return any(a != b for a, b in zip(chunk.token_ids, known, strict=False))
 
     def finish(self, choice: int) -> bool:

@@ -24,7 +24,7 @@ from baton.gateway.timers import Timers
 from baton.gateway.workers import Fleet, Worker
 from baton.grants import Grant, GrantKeys
 from baton.hashing import prefix_hashes, root_hash, salt_digest
-from baton.messages import GatewayMessage, PrefixSource, StepBatch
+from baton.messages import GatewayMessage, LegMessage, PrefixSource, StepBatch
 from baton.types import HASH_TOKENS, BlockHash, Request, WorkerInfo
 
 GRANT_MS = 30_000  # of a grant, from when its source first sees it
@@ -212,13 +212,12 @@ class Dispatcher:
         before = (worker.free_blocks, -worker.num_sequences, worker.accepts, worker.role)
         self.fleet.received(worker_id, batch, now_ms)
         step_ms = 0.0 if batch.timing is None else batch.timing.duration_ms
-        by_request: dict[str, list[int]] = {}
-        for position, message in enumerate(batch.messages):
-            by_request.setdefault(message.leg.request_id, []).append(position)
-        for request_id, positions in by_request.items():
+        by_request: dict[str, list[LegMessage]] = {}
+        for message in batch.messages:
+            by_request.setdefault(message.leg.request_id, []).append(message)
+        for request_id, messages in by_request.items():
             machine = self._machines.get(request_id)
             if machine is not None:
-                messages = [batch.messages[position] for position in positions]
                 effects = machine.on_messages(messages, now_ms, step_ms)
                 self._carry_out(request_id, machine, effects, now_ms)
         if worker.state is WorkerState.STUCK:
@@ -282,13 +281,13 @@ class Dispatcher:
     ) -> None:
         for effect in effects:
             match effect:
+                case Emit() | Ended():
+                    self._deliver(request_id, effect)
                 case Send(worker_id, message):
                     self.fleet.sent(worker_id, message)
                     self._send(worker_id, message)
                 case TransferStarted(leg, source, target, num_bytes):
                     self.fleet.transfer_started(leg, source, target, num_bytes)
-                case Emit() | Ended():
-                    self._deliver(request_id, effect)
         if machine.ended is not None:
             self._machines.pop(request_id, None)
         if machine.is_parked:

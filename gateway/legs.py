@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from baton.errors import Cause
 from baton.gateway.commit import OutputLog
@@ -65,8 +65,7 @@ class TransferStarted:
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Emit:
+class Emit(NamedTuple):
     """Newly committed tokens, for the client."""
 
     chunk: TokenChunk

@@ -194,6 +194,8 @@ class RequestMachine:
 
     def _on_decode(self, leg: DecodeLeg, message: LegMessage, now_ms: float) -> None:
         match message:
+            case TokenChunk():  # nearly all of them
+                self._commit(leg, message, now_ms)
             case Bound(_, num_cached) if leg.phase is Phase.BINDING:
                 leg.phase = Phase.IMPORTING
                 self._patience.got_on()
@@ -203,8 +205,6 @@ class RequestMachine:
             case Imported(_, stats) if leg.phase in {Phase.BINDING, Phase.IMPORTING}:
                 leg.phase = Phase.DECODING
                 self._timeline.imported(stats)
-            case TokenChunk():
-                self._commit(leg, message, now_ms)
             case NoRoom(_, _, retry_after_ms):
                 self._patience.avoid(leg.info.worker_id, now_ms, max(retry_after_ms, 1))
                 self._forget(leg)

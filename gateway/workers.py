@@ -24,7 +24,15 @@ from baton.messages import (
     StepBatch,
     Submit,
 )
-from baton.types import LegId, Role, StepTiming, TransferStats, WorkerInfo, WorkerSnapshot
+from baton.types import (
+    LegId,
+    Role,
+    StepTiming,
+    TokenChunk,
+    TransferStats,
+    WorkerInfo,
+    WorkerSnapshot,
+)
 
 STUCK_MS = 10_000.0  # a step older than this and than five predictions is a stuck loop
 
@@ -329,6 +337,8 @@ class Fleet:
         worker.pending_tokens.pop(leg, None)
         worker.pending_blocks.pop(leg, None)
         match message:
+            case TokenChunk():  # nearly all of them
+                pass
             case Imported(_, stats):
                 self.transfer_ended(leg, stats, now_ms=now_ms)
             case Admitted(_, _, _, prefix):

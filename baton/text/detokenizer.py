@@ -182,22 +182,28 @@ class IncrementalDetokenizer:
     maximal ill-formed part (Unicode 15, section 3.9). Amortised O(1) per token.
     """
 
-    __slots__ = ("_bytes", "_first", "_skip_special", "_strip_left", "_utf8")
+    __slots__ = ("_bytes", "_first", "_skip_special", "_strip_left", "_unfinished")
 
     def __init__(self, token_bytes: TokenBytes, *, skip_special_tokens: bool = True) -> None:
         self._bytes = token_bytes
         self._skip_special = skip_special_tokens
         self._first = True
         self._strip_left = token_bytes.plan.strip_count
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._unfinished = b""  # the first bytes of a character
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The text that these tokens make certain; "" while a character is unfinished."""
-        return self._strip(self._utf8.decode(b"".join(map(self._piece, token_ids))))
+        return self._decode(b"".join(map(self._piece, token_ids)), final=False)
 
     def finish(self) -> str:
         """The rest: U+FFFD if the last character is unfinished. Nothing may be pushed after it."""
-        return self._strip(self._utf8.decode(b"", final=True))
+        return self._decode(b"", final=True)
+
+    def _decode(self, data: bytes, *, final: bool) -> str:
+        data = self._unfinished + data
+        text, num_read = codecs.utf_8_decode(data, "replace", final)
+        self._unfinished = data[num_read:]
+        return self._strip(text) if self._strip_left else text
 
     def _piece(self, token_id: int) -> bytes:
         if self._skip_special and token_id in self._bytes.special_ids:

@@ -6,7 +6,7 @@ ComputeLocally ─► AddLocal ─► tokens … ─► every choice finished
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from baton.engine import commands
 from baton.engine.events import (
@@ -340,7 +340,7 @@ def _checked_first_tokens(
             raise BatonError(Cause.PROTOCOL, "the end frame's first tokens make no sense")
         if not 0 <= chunk.token_ids[0] < vocab_size:
             raise BatonError(Cause.PROTOCOL, "a first token is outside the vocabulary")
-        first_tokens[chunk.choice] = replace(chunk, leg=leg)
+        first_tokens[chunk.choice] = chunk._replace(leg=leg)
     for choice in record.open_choices:
         if choice not in first_tokens and not record.request.committed(choice):
             raise BatonError(Cause.PROTOCOL, f"the end frame lacks the first token of {choice}")
