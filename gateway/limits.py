@@ -64,7 +64,9 @@ def _authorization(headers: Headers) -> str | None:
 
 
 class Guard:
-    """The ASGI layer. Sets `request_id` (for logs and headers only) and `tenant` in its state."""
+    """The ASGI layer. Sets in its state `request_id` (for logs and headers only), `tenant`, and
+    `send_more`: for parts of a body that others follow, past all layers behind this one, which have
+    to do only with the start and the end of a response."""
 
     def __init__(self, app: ASGIApp, limits: LimitSettings, keys: Sequence[str] = ()) -> None:
         self._app = app
@@ -81,6 +83,7 @@ class Guard:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         state["tenant"] = self._keys.tenant(_authorization(headers))
+        state["send_more"] = send
 
         body = _Body(receive, self._limits, self._buffer)
 

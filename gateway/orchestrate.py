@@ -49,7 +49,7 @@ class Stream:
         self._chunks: deque[TokenChunk] = deque()
         self._ended: Ended | None = None
         self._aborted = False
-        self._changed = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None  # of the one who iterates
 
     def attach(self, machine: RequestMachine) -> None:
         self._machine = machine
@@ -59,7 +59,8 @@ class Stream:
             self._ended = effect
         else:
             self._chunks.append(effect.chunk)
-        self._changed.set()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def __aiter__(self) -> "Stream":
         return self
@@ -72,8 +73,8 @@ class Stream:
                 if self._ended.cause is None:
                     raise StopAsyncIteration
                 raise BatonError(self._ended.cause, self._ended.message)
-            self._changed.clear()
-            await self._changed.wait()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         return self._chunks.popleft()
 
     def finish_choice(self, choice: int) -> None:

@@ -70,10 +70,13 @@ class EventWriter:
     Two tasks write: the stream and its `watch`; the lock keeps their messages whole.
     """
 
-    def __init__(self, send: Send, limits: LimitSettings, *, named: bool = False) -> None:
+    def __init__(
+        self, scope: Scope, send: Send, limits: LimitSettings, *, named: bool = False
+    ) -> None:
         self.started = False
         self._named = named
         self._send = send
+        self._send_more: Send = scope["state"]["send_more"]
         self._lock = asyncio.Lock()
         self._limits = limits
         self._last_write_s = time.monotonic()
@@ -101,7 +104,8 @@ class EventWriter:
                 await self._send(
                     {"type": "http.response.start", "status": 200, "headers": _HEADERS}
                 )
-            await self._send({"type": "http.response.body", "body": data, "more_body": more})
+            send = self._send_more if more else self._send
+            await send({"type": "http.response.body", "body": data, "more_body": more})
             self._blocked_since_s = None
 
     async def watch(self, patience: asyncio.Timeout) -> None:
@@ -194,7 +198,7 @@ class GenerationResponse(Response):
         await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _send_events(self, how: Streaming, scope: Scope, send: Send) -> None:
-        writer = EventWriter(send, self._limits, named=how.named_events)
+        writer = EventWriter(scope, send, self._limits, named=how.named_events)
         try:
             async with asyncio.timeout(None) as patience:
                 beside = asyncio.create_task(writer.watch(patience))

@@ -39,7 +39,7 @@ class EventsResponse(Response):
         self._last = -1 if starting_after is None else starting_after
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writer = EventWriter(send, self._limits, named=True)
+        writer = EventWriter(scope, send, self._limits, named=True)
         reading = asyncio.create_task(self._read(writer))
         gone = asyncio.create_task(_disconnect(receive))
         tasks = [reading, gone]

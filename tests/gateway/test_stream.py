@@ -199,7 +199,7 @@ async def test_a_gap_in_the_tokens_is_a_failure(
 class TestSilence:
     @pytest.fixture
     def limits(self) -> LimitSettings:
-        return LimitSettings(sse_keep_alive_interval=0.01)
+        return LimitSettings(sse_keep_alive_interval=0.2)
 
     async def test_a_silent_stream_gets_comments(
         self, app: FastAPI, backend: FakeBackend, say: Callable[[str], Script]
