@@ -182,8 +182,9 @@ class PrefixIndex:
         for block_hash in self._hashes.pop(worker_id, ()):
             self._forget(block_hash, worker_id)
 
-    def longest_prefix(self, hashes: Sequence[BlockHash]) -> dict[str, int]:
-        """worker_id → tokens of the longest prefix it holds; who holds nothing is absent."""
+    def longest_prefix(self, hashes: Iterable[BlockHash]) -> dict[str, int]:
+        """worker_id → tokens of the longest prefix it holds; who holds nothing is absent. Asks for
+        no more of `hashes` than that takes."""
         found: dict[str, int] = {}
         candidates: set[str] | None = None
         for i, block_hash in enumerate(hashes):

@@ -8,7 +8,7 @@ else gets room.
 """
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from baton.gateway.router import DecodeDecision, Need, Refusal, RouteDecision, R
 from baton.gateway.timers import Timers
 from baton.gateway.workers import Fleet, Worker
 from baton.grants import Grant, GrantKeys
-from baton.hashing import prefix_hashes, root_hash, salt_digest
+from baton.hashing import next_hash, root_hash, salt_digest
 from baton.messages import GatewayMessage, LegMessage, PrefixSource, StepBatch
 from baton.types import HASH_TOKENS, BlockHash, Request, WorkerInfo
 
@@ -34,7 +34,7 @@ _WAKES_PER_EVENT = 8  # parked requests tried in vain before the rest is left fo
 class PrefixIndex(Protocol):
     """Who holds which prefix (`baton.locality`)."""
 
-    def longest_prefix(self, hashes: Sequence[BlockHash]) -> dict[str, int]: ...
+    def longest_prefix(self, hashes: Iterable[BlockHash]) -> dict[str, int]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class _Planner:
     def _source(self, target_id: str, plan: PrefixPlan) -> PrefixSource:
         """With a grant for this target and this request alone."""
         source, target = self.info(plan.worker_id), self.info(target_id)
-        hashes = self._hashes_for(target.fingerprint)
+        hashes = self._hashes[target.fingerprint]  # at least as far as the plan's hit
         grant = Grant(
             nonce=secrets.token_bytes(16),
             source_incarnation=source.incarnation,
@@ -113,13 +113,16 @@ class _Planner:
             hits |= self.dispatcher.index.longest_prefix(self._hashes_for(fingerprint))
         return replace(need, hits=hits)
 
-    def _hashes_for(self, fingerprint: bytes) -> list[BlockHash]:
-        hashes = self._hashes.get(fingerprint)
-        if hashes is None:
-            root = root_hash(fingerprint, self.request.salt)
-            hashes = prefix_hashes(root, self.request.prompt_token_ids)
-            self._hashes[fingerprint] = hashes
-        return hashes
+    def _hashes_for(self, fingerprint: bytes) -> Iterator[BlockHash]:
+        """Each is made when it is asked for: of a prompt that nobody holds, only the first is."""
+        hashes, token_ids = self._hashes.setdefault(fingerprint, []), self.request.prompt_token_ids
+        yield from hashes
+        parent = hashes[-1] if hashes else root_hash(fingerprint, self.request.salt)
+        start = len(hashes) * HASH_TOKENS
+        for stop in range(start + HASH_TOKENS, len(token_ids) + 1, HASH_TOKENS):
+            parent = next_hash(parent, token_ids[stop - HASH_TOKENS : stop])
+            hashes.append(parent)
+            yield parent
 
 
 _BEHIND = Refusal(Cause.NO_ROOM, "another request has waited longer")

@@ -234,6 +234,8 @@ class Generation:
         longest = self._context.defaults.max_new_tokens
         bounds = (room, sampling.max_tokens, longest)
         max_tokens = min(bound for bound in bounds if bound is not None)
+        if max_tokens == sampling.max_tokens and sampling.min_tokens <= max_tokens:
+            return sampling  # as nearly always; a copy is validated anew
         return replace(
             sampling, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens)
         )

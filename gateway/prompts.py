@@ -108,6 +108,8 @@ async def encode_prompts(
         ids = await context.tokenizers.encode(text, add_special_tokens=add_special_tokens)
         return truncation.apply(Prompt(tuple(ids), prompt))
 
+    if len(prompts) == 1:  # no task, no turn of the loop
+        return [await encode(prompts[0])]
     return list(await asyncio.gather(*map(encode, prompts)))
 
 

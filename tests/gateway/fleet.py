@@ -1,6 +1,6 @@
 """A gateway without I/O: the dispatcher, and the test itself as its workers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TypeVar
 
 from baton.gateway.dispatch import DispatchConfig, Dispatcher
@@ -44,7 +44,7 @@ T = TypeVar("T", bound=Order)
 
 
 class NoHits:
-    def longest_prefix(self, hashes: Sequence[BlockHash]) -> dict[str, int]:
+    def longest_prefix(self, hashes: Iterable[BlockHash]) -> dict[str, int]:
         return {}
 
 
