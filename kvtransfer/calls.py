@@ -139,9 +139,9 @@ class FetchCalls:
         if peer.is_broken and not peer.num_calls:
             self._in_background(peer.connection.close())
 
-    def linger(self, call: "FetchCall") -> None:
-        """Let a call whose fetch is complete end by itself."""
-        self._in_background(call.ended())
+    def finish(self, call: "FetchCall") -> None:
+        """Say the last word of a fetch that is complete, and let its call end by itself."""
+        self._in_background(call.finish())
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -339,12 +339,10 @@ class FetchCall:
         self._num_allowed += num_frames
         await self._write(pb.FetchRequest(credit=pb.FetchCredit(num_frames=num_frames)))
 
-    async def done(self) -> None:
-        """The last word: everything is verified."""
+    async def finish(self) -> None:
+        """The last word: everything is verified. Waits until the producer has heard it, but not
+        for long."""
         await self._write(pb.FetchRequest(done=pb.FetchDone()))
-
-    async def ended(self) -> None:
-        """Wait until the producer has heard the last word, but not for long."""
         await asyncio.wait({self.reading}, timeout=_LINGER_S)
         await self.cancel()
 

@@ -42,11 +42,10 @@ class GrpcTransport:
         try:
             sink.opened(*await answer_in_time(call.answer()))
             received = await take_frames(call.frames, sink, fetch.initial_credit, call.give)
-            await call.done()
         except BaseException as error:
             await call.cancel(error)
             raise
-        self._calls.linger(call)
+        self._calls.finish(call)
         return TransferStats(
             self.name,
             received.num_bytes,

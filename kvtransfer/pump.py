@@ -129,11 +129,18 @@ async def _serve(source: FrameSource, fetch: FetchOpen, consumer: Consumer) -> N
     attachment = await source.attach(fetch)
 
     async def send_all() -> None:
-        await consumer.opened(attachment.epoch, attachment.num_ready_tokens)
+        # The first frames are packed while the answer leaves.
+        opening = asyncio.create_task(
+            consumer.opened(attachment.epoch, attachment.num_ready_tokens)
+        )
         packed = ahead(attachment.frames(_Staging(consumer)), _PACK_AHEAD)
-        async with aclosing(packed):  # also when sending fails: then nothing may be packed either
-            async for frame in packed:
-                await consumer.send(frame)
+        try:
+            async with aclosing(packed):  # also when sending fails: nothing is packed then either
+                async for frame in packed:
+                    await opening
+                    await consumer.send(frame)
+        finally:
+            await settle(opening)
 
     sending = asyncio.create_task(send_all())
     failing = asyncio.create_task(attachment.failed())

@@ -79,7 +79,6 @@ class ShmTransport:
             sink.opened(*await answer_in_time(call.answer()))
             watching.append(asyncio.create_task(_watch(call, inlet)))
             received = await take_frames(inlet.take, sink, fetch.initial_credit, give)
-            await call.done()
         except BaseException as error:
             inlet.close()
             try:
@@ -89,7 +88,7 @@ class ShmTransport:
             raise
         await settle(*watching)
         self._keep(peer.path, inlet)
-        self._calls.linger(call)
+        self._calls.finish(call)
         return TransferStats(
             self.name,
             received.num_bytes,

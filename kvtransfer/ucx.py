@@ -85,7 +85,6 @@ class UcxTransport:
             sink.opened(*await answer_in_time(call.answer()))
             watching.append(asyncio.create_task(_watch(call, inbox)))
             received = await take_frames(inbox.take, sink, fetch.initial_credit, give)
-            await call.done()
         except BaseException as error:
             failure = error
             raise
@@ -96,7 +95,7 @@ class UcxTransport:
                     await call.cancel(failure)
             finally:
                 await settle(*watching)
-        self._calls.linger(call)
+        self._calls.finish(call)
         return TransferStats(
             self.name,
             received.num_bytes,
