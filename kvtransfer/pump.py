@@ -225,7 +225,7 @@ async def take_frames(
     take: Callable[[int], Awaitable[Sequence[bytes | memoryview]]],
     sink: FrameSink,
     initial_credit: int,
-    give_credit: Callable[[int], Awaitable[None]],
+    give_credit: Callable[[int], Coroutine[Any, Any, None]],
 ) -> Received:
     """The consumer's half: frames into the sink until it has everything.
 
@@ -240,16 +240,24 @@ async def take_frames(
         BatonError: what `take` or the sink raise; TRANSFER_STALLED.
     """
     received, owed, half = Received(), 0, max(1, initial_credit // 2)
-    while True:
-        frames = await _next_frames(take(half), sink.patience_s())
-        received.num_frames += len(frames)
-        received.num_bytes += sum(map(len, frames))
-        if await sink.frame(*frames):
-            return received
-        owed += len(frames)
-        if owed >= half:
-            await give_credit(owed)
-            owed = 0
+    giving: asyncio.Task[None] | None = None  # beside the next frames: it waits for the network
+    try:
+        while True:
+            frames = await _next_frames(take(half), sink.patience_s())
+            received.num_frames += len(frames)
+            received.num_bytes += sum(map(len, frames))
+            is_complete = await sink.frame(*frames)
+            owed += len(frames)
+            if giving is not None and (is_complete or owed >= half):
+                await giving
+            if is_complete:
+                return received
+            if owed >= half:
+                giving = asyncio.create_task(give_credit(owed))
+                owed = 0
+    finally:
+        if giving is not None:
+            await settle(giving)
 
 
 async def _next_frames(
