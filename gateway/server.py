@@ -5,6 +5,7 @@ The first signal drains: /health turns red, the listening socket closes, open an
 """
 
 import asyncio
+import gc
 import logging
 import math
 import signal
@@ -122,6 +123,9 @@ async def serve(
     )
     host, port = listener.getsockname()[:2]
     log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    # What start-up has made stays. A full collection that looks at all of it is a stall of 70 ms.
+    gc.collect()
+    gc.freeze()
     await server.serve([listener])
     return 0
 
