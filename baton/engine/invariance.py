@@ -25,7 +25,8 @@ from baton.errors import InvalidRequest
 from baton.kernels.paged_attention_cpu import KV_TILE, Invariance
 
 _STEP = 16  # columns; a block has a multiple
-_ROWS = 64  # of the call that the others are compared with
+_ROWS = 64  # of the call of attention that the others are compared with
+_MANY_ROWS = 160  # of that of a linear layer
 _FEW_ROWS = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 31, 33, 48, 63)
 _MULTIPLES = (1, 2, 4, 8, 16, 32)
 
@@ -117,21 +118,24 @@ def pad_linears(linears: Iterable[Linear], dtype: torch.dtype) -> None:
     known: dict[tuple[int, int], int] = {}
     for linear in linears:
         shape = (linear.out_features, linear.in_features)
-        if shape not in known:
-            known[shape] = _fewest_rows(linear, dtype)
-        linear.min_rows = known[shape]
+        if linear.packed is not None and shape not in known:
+            known[shape] = _fewest_rows(linear, linear.packed.min_rows, dtype)
+        if linear.packed is None or not known[shape]:
+            raise InvalidRequest(
+                f"linear layers of {shape[0]}x{shape[1]} cannot be made batch-invariant here",
+                "batch_invariant",
+            )
+        linear.packed.min_rows = known[shape]
 
 
-def _fewest_rows(linear: Linear, dtype: torch.dtype) -> int:
+def _fewest_rows(linear: Linear, at_least: int, dtype: torch.dtype) -> int:
+    """0: no number makes it batch-invariant."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn((_ROWS, linear.in_features), generator=generator).to(dtype)
+    x = torch.randn((_MANY_ROWS, linear.in_features), generator=generator).to(dtype)
     cancelling = -linear(x)  # added in float32, before the sum is rounded
     reference = linear.plus(x, cancelling)
     equal = {n for n in _FEW_ROWS if torch.equal(linear.plus(x[:n], cancelling[:n]), reference[:n])}
-    for fewest in (linear.min_rows, 4, 8, 16):
-        if linear.is_packed and all(n in equal for n in _FEW_ROWS if n >= fewest):
+    for fewest in (at_least, 4, 8, 16):
+        if all(n in equal for n in _FEW_ROWS if n >= fewest):
             return fewest
-    shape = f"{linear.out_features}x{linear.in_features}"
-    raise InvalidRequest(
-        f"linear layers of {shape} cannot be made batch-invariant here", "batch_invariant"
-    )
+    return 0

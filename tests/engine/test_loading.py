@@ -141,7 +141,7 @@ def test_no_second_copy_of_the_model_exists_while_it_loads(folder: Path) -> None
     config, device = load_model_config(folder), torch.device("cpu")
     with Counting([folder / WEIGHTS], torch.float32, device, show_progress=False) as weights:
         model = Decoder(config, weights, 128, device)
-    assert all(linear.is_packed for linear in model.linears()), "else the dense ones are the model"
+    assert all(linear.packed for linear in model.linears()), "else the dense ones are the model"
     largest = 4 * max(config.vocab_size, config.intermediate_size) * config.hidden_size
     assert 0 < weights.most_bytes <= largest
 

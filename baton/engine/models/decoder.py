@@ -99,7 +99,7 @@ class Layer:
         wide, narrow, bias = config.intermediate_size, config.hidden_size, config.mlp_bias
         gate = load_linear(weights, f"{prefix}.mlp.gate_proj", wide, narrow, bias)
         up = load_linear(weights, f"{prefix}.mlp.up_proj", wide, narrow, bias)
-        self.gated = GatedLinear(gate, up, is_merged=gate.weight.is_cuda)
+        self.gated = GatedLinear(gate, up, is_merged=not gate.packed and gate.weight.is_cuda)
         self.down = load_linear(weights, f"{prefix}.mlp.down_proj", narrow, wide, bias)
 
     def __call__(self, x: Tensor, cos_sin: Tensor, attention: StepAttention) -> Tensor:
