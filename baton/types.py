@@ -1,7 +1,7 @@
 """The types that flow between rooms. Data only; standard library only; everything frozen."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import NamedTuple, NewType
 
@@ -290,4 +290,3 @@ class TransferStats:
     duration_ms: float = 0.0
     ready_bytes: int = 0  # of num_bytes: what did not wait for the prefill
     ready_ms: float = 0.0  # until those were there: the link's own speed
-    attributes: dict[str, str] = field(default_factory=dict)

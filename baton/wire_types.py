@@ -267,7 +267,6 @@ def range_from_pb(message: kv_pb2.KVRange) -> KVRange:
 
 
 def stats_to_pb(stats: TransferStats) -> worker_pb2.TransferStats:
-    """`attributes` are for the worker's own logs and stay behind."""
     return worker_pb2.TransferStats(
         transport=stats.transport,
         num_bytes=stats.num_bytes,

@@ -2,7 +2,7 @@
 
 Heads on the wire are numbered over the whole model, so a frame says which ones it brings whatever
 either side's ranks are. A rank's pool holds a run of them (`HeadSlice`), and a consumer's rank gets
-its own from one rank of the producer or from several at once (`fetch_slices`), by the mapping in
+its own from one rank of the producer or from several at once (`SliceImport`), by the mapping in
 `baton.heads`. Workers of this version run on one rank each and do not announce any of this.
 """
 

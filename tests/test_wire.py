@@ -195,7 +195,7 @@ gateway_message = st.one_of(
     st.builds(Heartbeat, u64),
 )
 cause = st.sampled_from(Cause)
-stats = st.builds(TransferStats, name, u64, u32, u32, duration, u64, duration, st.just({}))
+stats = st.builds(TransferStats, name, u64, u32, u32, duration, u64, duration)
 fetched = st.builds(PrefixFetched, u32, st.none() | cause, st.none() | stats)
 leg_message = st.one_of(
     st.builds(Queued, leg),
