@@ -3,7 +3,7 @@
 Membership is polled once a second; a worker that vanished from Redis is only *reported*: whoever
 owns its session decides (a live session outlives a flushed Redis). Locality streams are followed
 with one blocking read; a hole in a stream's sequence numbers makes us take the worker's own
-inventory.
+inventory, for which the other streams do not wait.
 """
 
 import asyncio
@@ -60,12 +60,15 @@ class Discovery:
         self._on_leave = on_leave
         self._inventory = inventory
         self._seqs: dict[str, int] = {}  # stream key → last applied; absent = needs a snapshot
+        self._snapshots: dict[str, asyncio.Task[None]] = {}  # stream key → one under way
         self._refused: set[str] = set()
 
     async def run(self) -> None:
         """Until cancelled."""
         try:
-            await asyncio.gather(self._poll_loop(), self._follow_loop())
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._poll_loop())
+                group.create_task(self._follow_loop(group))
         finally:
             await self._redis.aclose()
             await self._reader.aclose()
@@ -113,17 +116,17 @@ class Discovery:
             self._index.drop(info.worker_id)
             self._seqs.pop(stream_key(self._cluster, info), None)
 
-    async def _follow_loop(self) -> None:
+    async def _follow_loop(self, group: asyncio.TaskGroup) -> None:
         while True:
             streams = {stream_key(self._cluster, info): info for info in self.members.values()}
             for key, info in streams.items():
-                if key not in self._seqs:
-                    await self._take_snapshot(key, info)
+                if key not in self._seqs and key not in self._snapshots:
+                    self._snapshots[key] = group.create_task(self._take_snapshot(key, info))
             ids: dict[Any, Any] = {
                 key: f"{self._seqs[key]}-0" for key in streams if key in self._seqs
             }
             if not ids:
-                await asyncio.sleep(POLL_S)
+                await self._first_snapshot()
                 continue
             try:
                 answer: Any = await self._reader.xread(ids, count=256, block=READ_BLOCK_MS)
@@ -135,16 +138,26 @@ class Discovery:
                 if key in streams:
                     self._apply(key, streams[key], entries)
 
+    async def _first_snapshot(self) -> None:
+        """Until there may be a stream to follow."""
+        if self._snapshots:
+            tasks = self._snapshots.values()
+            await asyncio.wait(tasks, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)
+        else:
+            await asyncio.sleep(POLL_S)
+
     async def _take_snapshot(self, key: str, info: WorkerInfo) -> None:
         try:
             seq, hashes = await self._inventory(info)
+            current = self.members.get(info.worker_id)
+            if current is not None and current.incarnation == info.incarnation:
+                self._index.replace(info.worker_id, hashes)
+                self._seqs[key] = seq
         except BatonError as error:
             log.info("no inventory from %s yet: %s", info.worker_id, error.message)
-            return
-        current = self.members.get(info.worker_id)
-        if current is not None and current.incarnation == info.incarnation:
-            self._index.replace(info.worker_id, hashes)
-            self._seqs[key] = seq
+            await asyncio.sleep(POLL_S)
+        finally:
+            del self._snapshots[key]
 
     def _apply(
         self, key: str, info: WorkerInfo, entries: list[tuple[bytes, dict[bytes, bytes]]]

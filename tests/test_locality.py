@@ -145,6 +145,7 @@ class Fleet:
         self.registrations: dict[str, WorkerRegistration] = {}
         self.tasks: list[asyncio.Task[None]] = []
         self.num_inventories = 0
+        self.silent: set[str] = set()  # workers that never answer
         self.discovery = Discovery(
             url,
             "c",
@@ -158,6 +159,8 @@ class Fleet:
 
     async def inventory(self, info: WorkerInfo) -> tuple[int, list[BlockHash]]:
         self.num_inventories += 1
+        if info.worker_id in self.silent:
+            await asyncio.Event().wait()
         if info.worker_id not in self.registrations:
             raise BatonError(Cause.WORKER_LOST, "gone")
         return self.registrations[info.worker_id].inventory()
@@ -211,6 +214,17 @@ async def test_a_new_incarnation_replaces_the_old_one(redis_server, until) -> No
     fleet.add(dataclasses.replace(make_info(), pid=2))
     await until(lambda: fleet.events.count(("join", "prefill-0")) == 2)
     await until(lambda: fleet.index.longest_prefix(chain(2)) == {})
+    await fleet.close()
+
+
+async def test_a_worker_that_does_not_answer_holds_up_nobody(redis_server, until) -> None:
+    fleet = Fleet(redis_server.url)
+    fleet.silent.add("decode-0")
+    fleet.add(make_info("decode-0"))
+    await until(lambda: fleet.num_inventories == 1)
+    fleet.add(make_info()).publish(chain(2), ())
+    await until(lambda: fleet.index.longest_prefix(chain(2)) == {"prefill-0": 32})
+    assert fleet.num_inventories == 2, "asked once each"
     await fleet.close()
 
 
