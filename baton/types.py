@@ -53,6 +53,9 @@ class LegId(NamedTuple):
     request_id: str
     attempt: int
 
+    def __str__(self) -> str:
+        return f"{self.request_id} (attempt {self.attempt})"
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -193,6 +196,10 @@ class TransportAddress:
 
     name: str
     address: str
+
+    def __str__(self) -> str:
+        """For people: the worker's host:port, without what else a transport needs to know."""
+        return self.address.partition("/")[0]
 
 
 @dataclass(frozen=True, slots=True)

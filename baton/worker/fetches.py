@@ -126,7 +126,7 @@ class FetchDesk:
         link = self._links.open(address, is_same_host, now_s)
         if not link.is_chosen:
             link.is_chosen = True
-            log.info("KV from %s comes over %s", address.address, link.where)
+            log.info("KV from %s comes over %s", address, link.where)
         return self._transports[address.name], address, link
 
     async def turn(
@@ -145,7 +145,7 @@ class FetchDesk:
         now_ms = time.monotonic_ns() // 1_000_000
         staging_bytes = min(num_bytes, order.fetch.initial_credit * DEVICE_FRAME_BYTES)
         if not self._queue.ask(order.leg, address, predicted_ms, now_ms, is_spare, staging_bytes):
-            raise BatonError(Cause.OVERLOADED, f"too many fetches wait for {address.address}")
+            raise BatonError(Cause.OVERLOADED, f"too many fetches wait for {address}")
         turn = self._turns[order.leg] = asyncio.get_running_loop().create_future()
         self._admit()
         await turn
@@ -234,7 +234,7 @@ class _Fetch:
 
 def _warn(address: TransportAddress, warning: str | None) -> None:
     if warning is not None:
-        log.warning("KV from %s is slow: %s", address.address, warning)
+        log.warning("KV from %s is slow: %s", address, warning)
 
 
 def _pace_ms(fetch: FetchOpen, num_bytes: int, predicted_ms: float) -> int:
