@@ -117,6 +117,9 @@ def run_batch(
     before = Counter(done[line.custom_id] for line in lines if line.custom_id in done)
     num_done = before.total()
     outcomes: Counter[str] = Counter()
+    if not left:
+        output.close()
+        return _report(outcomes, before, 0, None, output_file)
     problem = None
     try:
         with output, nullcontext(server) if isinstance(server, str) else server as url:

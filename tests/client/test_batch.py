@@ -210,7 +210,8 @@ def test_a_fleet_of_its_own(tmp_path: Path) -> None:
         assert entered == ["start", "stop"]
         bad = write(tmp_path / "bad.jsonl", "nope")
         assert run(fleet(server.url), bad, tmp_path / "none.jsonl") == 2
-        assert entered == ["start", "stop"], "the input is looked at first"
+        assert run(fleet(server.url), source, tmp_path / "out.jsonl") == 0
+        assert entered == ["start", "stop"], "only for good input that is not answered yet"
 
 
 def test_a_fleet_that_does_not_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
