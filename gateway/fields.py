@@ -58,6 +58,7 @@ Bool = StrictBool
 Text = StrictStr
 NonEmpty = Annotated[StrictStr, Field(min_length=1)]
 # No Python per item, and no list of a million errors.
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 TokenIds = Annotated[
     list[Annotated[int, Field(strict=True, ge=0, lt=2**32)]], Field(fail_fast=True)
 ]
@@ -68,7 +69,7 @@ _STOP = {"type": "string", "minLength": 1, "maxLength": _MAX_STOP_CHARS}
 StopStrings = Annotated[
     list[StopString],
     BeforeValidator(as_list),
-    Field(max_length=_MAX_STOP_STRINGS),
+    Field(max_length=_MAX_STOP_STRINGS, fail_fast=True),
     WithJsonSchema(
         {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": _MAX_STOP_STRINGS}]}
     ),

@@ -7,12 +7,22 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from baton.errors import InvalidRequest
-from baton.gateway.fields import Bool, Fields, Float, Int, NonEmpty, StopString, Text, translated
+from baton.gateway.fields import (
+    Bool,
+    Fields,
+    Float,
+    Int,
+    NonEmpty,
+    Objects,
+    StopString,
+    Text,
+    translated,
+)
 from baton.gateway.openai import ChatCompletionRequest
 
 _MAX_MESSAGES = 2048
 _MAX_STOP_SEQUENCES = 4
-Blocks = Text | list[dict[str, Any]]
+Blocks = Text | Objects
 Chat = list[dict[str, Any]]
 
 
@@ -44,7 +54,7 @@ class CountTokensRequest(Fields):
     model: Text | None = None
     messages: list[InputMessage] = Field(min_length=1, max_length=_MAX_MESSAGES)
     system: Blocks | None = None
-    tools: list[MessageTool] | None = None
+    tools: Annotated[list[MessageTool], Field(fail_fast=True)] | None = Field(None, max_length=128)
     tool_choice: ToolUse | None = None
     thinking: Thinking | None = None
 

@@ -12,6 +12,7 @@ from baton.gateway.fields import (
     Float,
     Int,
     NonEmpty,
+    Objects,
     StopStrings,
     Text,
     TokenIds,
@@ -108,7 +109,7 @@ class ResponsesRequest(Fields):
     }
 
     model: Text | None = None
-    input: NonEmpty | list[dict[str, Any]] = Field(description="A text, or items.")
+    input: NonEmpty | Objects = Field(description="A text, or items.")
     instructions: Text | None = Field(None, description="A system message, of this answer only.")
     previous_response_id: Text | None = None
     max_output_tokens: Int | None = None
@@ -119,7 +120,7 @@ class ResponsesRequest(Fields):
     stream_options: EventOptions | None = None
     include: list[Text] = Field([], max_length=16)
     top_logprobs: Int = 0
-    metadata: dict[str, Text] = Field({})
+    metadata: dict[str, Any] = Field({}, description="Texts.")
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
     tools: list[dict[str, Any]] = Field([], max_length=_MAX_TOOLS)
@@ -139,7 +140,7 @@ class ResponsesRequest(Fields):
     ignore_eos: Bool = False
     skip_special_tokens: Bool | None = None
     include_stop_str_in_output: Bool = False
-    logit_bias: dict[str, Float] = Field({})
+    logit_bias: dict[str, Any] = Field({})  # looked at as a chat's
     structured_outputs: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] = Field({})
     cache_salt: Text | None = None
@@ -183,8 +184,10 @@ class ResponsesRequest(Fields):
                 raise InvalidRequest("include has a name that is not known", "include")
         if self.top_logprobs and not self.wants_logprobs:
             raise InvalidRequest(f"top_logprobs needs include=[{_LOGPROBS}]", "top_logprobs")
-        sizes = [(len(key), len(value)) for key, value in self.metadata.items()]
-        if len(sizes) > _MAX_METADATA or any(key > 64 or value > 512 for key, value in sizes):
+        if len(self.metadata) > _MAX_METADATA or not all(
+            len(key) <= 64 and isinstance(value, str) and len(value) <= 512
+            for key, value in self.metadata.items()
+        ):
             raise InvalidRequest(
                 f"metadata has {_MAX_METADATA} keys of 64 and values of 512 letters at most",
                 "metadata",
