@@ -68,8 +68,9 @@ StopString = Annotated[StrictStr, Field(min_length=1, max_length=_MAX_STOP_CHARS
 _STOP = {"type": "string", "minLength": 1, "maxLength": _MAX_STOP_CHARS}
 StopStrings = Annotated[
     list[StopString],
+    Field(fail_fast=True),
+    Field(max_length=_MAX_STOP_STRINGS),
     BeforeValidator(as_list),
-    Field(max_length=_MAX_STOP_STRINGS, fail_fast=True),
     WithJsonSchema(
         {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": _MAX_STOP_STRINGS}]}
     ),
