@@ -108,8 +108,7 @@ class Convolution:
         results = []
         for start, stop, image in self._divide(len(x)):
             rows, others = (_as_images(t[start:stop], image) for t in (x, other))
-            settings = (*_ONE_BY_ONE, op, None, None, [], None)
-            y = call(rows, others, self._weight, bias, *settings)
+            y = call(rows, others, self._weight, bias, *_ONE_BY_ONE, op, None, None, [], None)
             results.append(_as_rows(y)[: stop - start])
         return results[0] if len(results) == 1 else torch.cat(results)
 
