@@ -15,7 +15,9 @@ from baton.gateway.workers import Fleet, Worker
 from baton.latency import LatencyModel, trust_in, unseen_for
 
 _HOPE = 0.5  # of the fastest one's time
-_MIN_EVIDENCE = 3  # prefill steps before a worker's own model is believed over its peers'
+# Prefill steps before a worker's own model is believed over its peers'.
+_ENOUGH = 3
+_ENOUGH_FOR_ANOTHER = 16  # role's work
 
 
 def queue_ms(worker: Worker, fleet: Fleet) -> float:
@@ -25,17 +27,21 @@ def queue_ms(worker: Worker, fleet: Fleet) -> float:
 def prefill_ms(worker: Worker, fleet: Fleet, num_uncached: int, num_cached: int) -> float:
     """By the worker's own model, or, while it has prefilled too little, the slowest of its peers'.
 
-    Otherwise a decode worker that never prefilled would look as fast as the prior.
+    Otherwise a decode worker that never prefilled would look as fast as the prior. It also has to
+    show more than a prefill worker to be believed the faster one, and to be slow only once: a few
+    small prompts say nothing of a long one.
     """
-    if worker.latency.num_prefill_steps >= _MIN_EVIDENCE:
-        return worker.latency.prefill_ms(num_uncached, num_cached)
-    known = [
+    enough, least = (_ENOUGH, _ENOUGH) if worker.role.can_prefill else (_ENOUGH_FOR_ANOTHER, 1)
+    own_ms = worker.latency.prefill_ms(num_uncached, num_cached)
+    if worker.latency.num_prefill_steps >= enough:
+        return own_ms
+    known = (
         peer.latency.prefill_ms(num_uncached, num_cached)
         for peer in fleet
         if peer.info.fingerprint == worker.info.fingerprint
-        and peer.latency.num_prefill_steps >= _MIN_EVIDENCE
-    ]
-    return max(known, default=worker.latency.prefill_ms(num_uncached, num_cached))
+        and peer.latency.num_prefill_steps >= least
+    )
+    return max(known, default=own_ms)
 
 
 class Hope:

@@ -166,6 +166,26 @@ def test_local_prefill_on_d(what: str, is_local: bool) -> None:
     assert chosen(need, fleet, config).remote is not is_local
 
 
+@pytest.mark.parametrize(
+    ("num_seen", "num_steps", "is_remote"),
+    [(1, 0, True), (3, 4, True), (3, 15, True), (3, 16, False)],
+)
+def test_a_few_prompts_on_d_do_not_make_it_the_faster_one(
+    num_seen: int, num_steps: int, is_remote: bool
+) -> None:
+    """Nor does a first prompt that took long on P."""
+    fleet = fleet_of(prefill("p1"), decode("d1"))
+    slow, fast = worker(fleet, "p1").latency, worker(fleet, "d1").latency
+    for _ in range(slow.num_warmup + num_seen):
+        slow.observe(StepTiming(2, 0, 0, 0, 15.0))
+    for _ in range(fast.num_warmup):
+        fast.observe(StepTiming(0, 0, 1, 2, 5.0))
+    for _ in range(num_steps):
+        fast.observe(StepTiming(2, 0, 0, 0, 5.0))
+    need = replace(NEED, prompt_len=2)
+    assert chosen(need, fleet, RouterConfig(slo_tpot_ms=50)).remote is is_remote
+
+
 def test_no_prefill_worker_prefills_on_d() -> None:
     fleet = fleet_of(prefill("p1"), decode("d1"), decode("d2"))
     fleet.lost("p1")
