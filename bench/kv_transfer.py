@@ -34,6 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from baton.engine.kv_cache import KVCache
 from baton.errors import BatonError
 from baton.kvtransfer.base import Attachment, Buffers, FetchOpen, Staging, Transport
 from baton.kvtransfer.calls import FetchCalls
@@ -66,9 +67,7 @@ LAYOUT = KVLayout((KVGroup(KVKind.FULL, 24, 2, 64, "bfloat16"),), BLOCK)
 def kv_memory(num_tokens: int, seed: int, device: str) -> tuple[KVMemory, list[BlockId]]:
     """A pool of twice as many blocks as needed, and shuffled blocks of it for so many tokens."""
     num_blocks = -(-num_tokens // BLOCK)
-    (group,) = LAYOUT.groups
-    shape = (group.num_layers, 2, 2 * num_blocks, BLOCK, group.num_kv_heads, group.head_dim)
-    cache = torch.full(shape, seed, dtype=torch.bfloat16, device=device)
+    cache = KVCache(LAYOUT, 2 * num_blocks, torch.device(device)).tensor.fill_(seed)
     order = torch.randperm(2 * num_blocks, generator=torch.Generator().manual_seed(seed))
     return KVMemory(cache, LAYOUT), [BlockId(int(b)) for b in order[:num_blocks]]
 

@@ -124,10 +124,9 @@ class ModelRunner:
             return self._model.logits(hidden)
 
     def close(self) -> None:
-        """Idempotent; the pool's memory goes when nobody maps it any more."""
+        """Idempotent."""
         if self._layer_events is not None:
             self._layer_events.close()
-        self.kv_cache.close()
 
     def _wait(self) -> None:
         """Until the device has done what was launched: blocks may change hands after a step."""
