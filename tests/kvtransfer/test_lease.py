@@ -256,7 +256,7 @@ class LeaseWorld(RuleBasedStateMachine):
 
 
 TestLeaseWorld = LeaseWorld.TestCase
-TestLeaseWorld.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestLeaseWorld.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
 
 
 LEG = LegId("r", 1)

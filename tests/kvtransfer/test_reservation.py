@@ -235,7 +235,7 @@ class ReservationWorld(RuleBasedStateMachine):
 
 
 TestReservationWorld = ReservationWorld.TestCase
-TestReservationWorld.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestReservationWorld.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
 
 LEG = LegId("r", 1)
 
