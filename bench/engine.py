@@ -34,6 +34,7 @@ from baton.engine.loader import load_runner
 from baton.engine.runner import ModelRunner
 from baton.engine.runner_config import RunnerConfig
 from baton.engine.sampler import Sampler
+from baton.kvtransfer.memory import keep_freed_memory
 from baton.types import BlockId, SamplingParams
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB = 896, 24, 14, 2, 64, 4864, 151_936
@@ -262,6 +263,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as a worker does
     dtype: torch.dtype = getattr(torch, args.dtype)
     figures = report(*measure(args.rounds, dtype), dtype)
     if args.json is not None:

@@ -200,13 +200,16 @@ def _survivors(row: Floats, top: np.float32, draw: Draw) -> Ids | None:
 
 def _depth(logits: Floats, top: np.float32, draw: Draw) -> Floats:
     temperature = np.float32(draw.temperature)
-    return logits / temperature - top / temperature
+    depth = logits / temperature
+    depth -= top / temperature
+    return depth
 
 
 def _mass(logits: Floats, top: np.float32, draw: Draw) -> npt.NDArray[np.int32]:
     """Likelihood relative to the likeliest, in whole units of 2**-MASS_BITS: sums are exact in any
     order."""
-    mass = np.exp(_depth(logits, top, draw))
+    mass = _depth(logits, top, draw)
+    np.exp(mass, out=mass)
     mass *= np.float32(2**MASS_BITS)
     return mass.astype(np.int32)
 
