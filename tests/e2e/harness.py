@@ -50,15 +50,16 @@ def bearable_silence_s(slack_s: float = SLACK_S) -> float:
 
 @contextmanager
 def slowed(pid: int, share: float = 0.1) -> Iterator[None]:
-    """The process gets this share of its time, in turns far shorter than a heartbeat."""
+    """The process gets this share of its time, in turns of about a step: a few long steps among
+    many short ones would pass for outliers, and it would not be taken to be slow."""
     is_over = threading.Event()
 
     def take_turns() -> None:
         while not is_over.is_set():
             os.kill(pid, signal.SIGSTOP)
-            is_over.wait(0.1 * (1 - share))
+            is_over.wait(0.02 * (1 - share))
             os.kill(pid, signal.SIGCONT)
-            is_over.wait(0.1 * share)
+            is_over.wait(0.02 * share)
 
     thread = threading.Thread(target=take_turns)
     thread.start()
