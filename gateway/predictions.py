@@ -15,9 +15,10 @@ from baton.gateway.workers import Fleet, Worker
 from baton.latency import LatencyModel, trust_in, unseen_for
 
 _HOPE = 0.5  # of the fastest one's time
-# Prefill steps before a worker's own model is believed over its peers'.
+# Prefill steps before a worker's own model is believed over its peers': of a prefill worker, and of
+# one that is there for something else.
 _ENOUGH = 3
-_ENOUGH_FOR_ANOTHER = 16  # role's work
+_ENOUGH_ELSEWHERE = 16
 
 
 def queue_ms(worker: Worker, fleet: Fleet) -> float:
@@ -27,11 +28,11 @@ def queue_ms(worker: Worker, fleet: Fleet) -> float:
 def prefill_ms(worker: Worker, fleet: Fleet, num_uncached: int, num_cached: int) -> float:
     """By the worker's own model, or, while it has prefilled too little, the slowest of its peers'.
 
-    Otherwise a decode worker that never prefilled would look as fast as the prior. It also has to
-    show more than a prefill worker to be believed the faster one, and to be slow only once: a few
-    small prompts say nothing of a long one.
+    Otherwise a decode worker that never prefilled would look as fast as the prior. It has to show
+    more steps than a prefill worker, because a few small prompts say nothing of a long one; until
+    then it is taken to be as slow as anybody was seen to be, if only once.
     """
-    enough, least = (_ENOUGH, _ENOUGH) if worker.role.can_prefill else (_ENOUGH_FOR_ANOTHER, 1)
+    enough, least = (_ENOUGH, _ENOUGH) if worker.role.can_prefill else (_ENOUGH_ELSEWHERE, 1)
     own_ms = worker.latency.prefill_ms(num_uncached, num_cached)
     if worker.latency.num_prefill_steps >= enough:
         return own_ms

@@ -2,6 +2,7 @@
 
 import hashlib
 
+from baton.gateway.workers import Fleet, Worker
 from baton.types import (
     KVGroup,
     KVKind,
@@ -52,6 +53,19 @@ def worker_info(
         eos_token_ids=(2,),
         protocol=protocol,
     )
+
+
+def fleet_of(*infos: WorkerInfo) -> Fleet:
+    fleet = Fleet()
+    for info in infos:
+        fleet.joined(info)
+    return fleet
+
+
+def worker(fleet: Fleet, worker_id: str) -> Worker:
+    found = fleet.get(worker_id)
+    assert found is not None
+    return found
 
 
 def request(

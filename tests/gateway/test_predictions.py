@@ -14,11 +14,11 @@ from baton.gateway.router import (
     pick_decode,
     plan,
 )
-from baton.gateway.workers import Fleet, Worker
+from baton.gateway.workers import Fleet
 from baton.latency import HALF_LIFE_MS, LatencyModel
 from baton.messages import KvFailed, StepBatch
-from baton.types import LegId, LinkRate, Role, StepTiming, TransferStats, WorkerInfo
-from tests.gateway.support import worker_info
+from baton.types import LegId, LinkRate, Role, StepTiming, TransferStats
+from tests.gateway.support import fleet_of, worker, worker_info
 
 CONFIG = RouterConfig()
 NEED = Need(prompt_len=400, max_new_tokens=32)
@@ -26,19 +26,6 @@ PREFILL = StepTiming(400, 0, 0, 0)
 DECODE = StepTiming(0, 0, 4, 1600)
 P1, P2 = worker_info("p1", Role.PREFILL), worker_info("p2", Role.PREFILL)
 D1, D2 = worker_info("d1", Role.DECODE), worker_info("d2", Role.DECODE)
-
-
-def fleet_of(*infos: WorkerInfo) -> Fleet:
-    fleet = Fleet()
-    for info in infos:
-        fleet.joined(info)
-    return fleet
-
-
-def worker(fleet: Fleet, worker_id: str) -> Worker:
-    found = fleet.get(worker_id)
-    assert found is not None
-    return found
 
 
 def seen(fleet: Fleet, worker_id: str, work: StepTiming, ms: float, now_ms: float) -> None:

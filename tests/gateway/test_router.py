@@ -16,24 +16,11 @@ from baton.gateway.router import (
     pick_decode,
     plan,
 )
-from baton.gateway.workers import Fleet, Worker
+from baton.gateway.workers import Fleet
 from baton.types import Role, StepTiming, WorkerInfo
-from tests.gateway.support import layout, worker_info
+from tests.gateway.support import fleet_of, layout, worker, worker_info
 
 CONFIG = RouterConfig()
-
-
-def fleet_of(*infos: WorkerInfo) -> Fleet:
-    fleet = Fleet()
-    for info in infos:
-        fleet.joined(info)
-    return fleet
-
-
-def worker(fleet: Fleet, worker_id: str) -> Worker:
-    found = fleet.get(worker_id)
-    assert found is not None
-    return found
 
 
 def load(fleet: Fleet, worker_id: str, **changes: object) -> None:
