@@ -2,14 +2,12 @@
 both ends of a fetch, so that all three agree."""
 
 from baton.errors import Cause
-from baton.heads import tp_conflict
 from baton.types import KVLayout, WorkerInfo
-
-HEAD_SLICES = "head-slices"  # capability: fetches name heads, and fill one pool from several ranks
 
 
 def layout_conflict(source: KVLayout, target: KVLayout) -> str | None:
-    """What forbids converting `source` into `target`, or None. Block and TP sizes may differ."""
+    """What forbids converting `source` into `target`, or None. Block sizes may differ. Pools of
+    several tensor-parallel ranks are not converted: engines run on one."""
     if len(source.groups) != len(target.groups):
         return f"{len(source.groups)} KV groups against {len(target.groups)}"
     for index, (ours, theirs) in enumerate(zip(source.groups, target.groups, strict=True)):
@@ -17,10 +15,8 @@ def layout_conflict(source: KVLayout, target: KVLayout) -> str | None:
             a, b = getattr(ours, name), getattr(theirs, name)
             if a != b:
                 return f"KV group {index}: {name} {a} against {b}"
-        for layout in (source, target):
-            conflict = tp_conflict(ours.num_kv_heads, layout.tp_size)
-            if conflict is not None:
-                return f"KV group {index}: {conflict}"
+    if (source.tp_size, target.tp_size) != (1, 1):
+        return f"{source.tp_size} tensor-parallel ranks against {target.tp_size}"
     return None
 
 
@@ -35,7 +31,4 @@ def pair_conflict(producer: WorkerInfo, consumer: WorkerInfo) -> tuple[Cause, st
     conflict = layout_conflict(producer.layout, consumer.layout)
     if conflict is not None:
         return Cause.LAYOUT_INCOMPATIBLE, conflict
-    sizes = producer.layout.tp_size, consumer.layout.tp_size
-    if sizes != (1, 1) and HEAD_SLICES not in producer.capabilities & consumer.capabilities:
-        return Cause.UNSUPPORTED, f"{sizes[0]} ranks against {sizes[1]} without {HEAD_SLICES}"
     return None

@@ -144,12 +144,12 @@ _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """How a worker's KV looks. Two layouts convert when everything but block_size and tp_size is
-    equal."""
+    """How a worker's KV looks. Two layouts convert when everything but block_size is equal; see
+    `baton.compat`."""
 
     groups: tuple[KVGroup, ...]
     block_size: int  # tokens; a multiple of HASH_TOKENS
-    tp_size: int = 1
+    tp_size: int = 1  # of every worker of this version
 
     @property
     def token_bytes(self) -> int:

@@ -67,7 +67,9 @@ class KVMemory:
         """Does the pool have these layers and heads?"""
         (group,) = self.layout.groups
         layers_ok = 0 <= where.layer_start < where.layer_stop <= group.num_layers
-        return layers_ok and 0 <= where.head_start <= where.head_stop <= self._kv_cache.shape[4]
+        is_all = where.head_start == where.head_stop == 0
+        heads_ok = is_all or 0 <= where.head_start < where.head_stop <= self._kv_cache.shape[4]
+        return layers_ok and heads_ok
 
     def num_bytes(self, where: KVRange) -> int:
         """Payload size of a range."""

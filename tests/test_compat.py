@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from baton.compat import HEAD_SLICES, layout_conflict, pair_conflict
+from baton.compat import pair_conflict
 from baton.errors import Cause
 from baton.types import PROTOCOL_MAJOR, KVGroup, KVKind, KVLayout, Role, WorkerInfo
 
@@ -54,8 +54,7 @@ def test_versions_and_shapes_that_mix_in_one_pool(change: dict[str, Any]) -> Non
         ({"protocol": (PROTOCOL_MAJOR + 1, 0)}, Cause.UNSUPPORTED),
         ({"fingerprint": b"o" * 32}, Cause.MODEL_MISMATCH),
         ({"layout": replace(LAYOUT, groups=(GROUP, GROUP))}, Cause.LAYOUT_INCOMPATIBLE),
-        ({"layout": replace(LAYOUT, tp_size=3)}, Cause.LAYOUT_INCOMPATIBLE),
-        ({"layout": replace(LAYOUT, tp_size=2)}, Cause.UNSUPPORTED),
+        ({"layout": replace(LAYOUT, tp_size=2)}, Cause.LAYOUT_INCOMPATIBLE),
         *(
             (
                 {"layout": replace(LAYOUT, groups=(replace(GROUP, **{name: value}),))},
@@ -79,14 +78,3 @@ def test_pairs_that_are_never_chosen(change: dict[str, Any], cause: Cause) -> No
         assert conflict is not None
         assert conflict[0] is cause
         assert conflict[1]
-
-
-def test_ranks_pair_where_both_can_slice_heads() -> None:
-    two = replace(LAYOUT, tp_size=2)
-    able = frozenset({HEAD_SLICES})
-    many = replace(INFO, layout=two, capabilities=able)
-    assert layout_conflict(LAYOUT, two) is None
-    assert pair_conflict(many, replace(INFO, capabilities=able)) is None
-    assert pair_conflict(many, INFO) is not None
-    assert pair_conflict(many, replace(INFO, layout=two)) is not None
-    assert pair_conflict(many, many) is None
