@@ -90,7 +90,8 @@ class Failpoints:
     def hit(self, name: str) -> None:
         """
         Raises:
-            BatonError: INTERNAL, where the failpoint says `error`.
+            BatonError: STEP_FAILED, where the failpoint says `error`: a worker fails, so others
+                may be asked, and no client gets a 500.
         """
         armed = self._armed.get(name) if self._armed else None
         if armed is None or not armed.is_counting:
@@ -101,5 +102,5 @@ class Failpoints:
         del self._armed[name]
         log.warning("failpoint %s: %s", name, armed.action)
         if armed.action is _Action.ERROR:
-            raise BatonError(Cause.INTERNAL, f"failpoint {name}")
+            raise BatonError(Cause.STEP_FAILED, f"failpoint {name}")
         os.kill(os.getpid(), signal.SIGKILL if armed.action is _Action.KILL else signal.SIGSTOP)

@@ -34,7 +34,9 @@ def test_an_error_at_the_count_and_once() -> None:
     failpoints.hit("bind")
     with pytest.raises(BatonError) as caught:
         failpoints.hit("bind")
-    assert caught.value.cause is Cause.INTERNAL
+    assert caught.value.cause is Cause.STEP_FAILED
+    assert caught.value.cause.retryable
+    assert caught.value.cause.http_status == 503
     failpoints.hit("bind")
 
 

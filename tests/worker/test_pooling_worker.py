@@ -157,8 +157,15 @@ async def test_it_is_bounded_and_drains() -> None:
 
 
 class Running:
-    def __init__(self, process: PoolingProcess, connection: Connection, address: str) -> None:
+    def __init__(
+        self,
+        process: PoolingProcess,
+        failpoints: Failpoints,
+        connection: Connection,
+        address: str,
+    ) -> None:
         self.process = process
+        self.failpoints = failpoints
         self.connection = connection
         self.address = address
 
@@ -181,11 +188,12 @@ async def running(model: Path, redis_server: RedisServer) -> AsyncIterator[Runni
     server = RpcServer(ClusterToken())
     port = server.bind("127.0.0.1", 0)
     config = WorkerConfig(model=str(model), max_num_batched_tokens=64)
-    process = PoolingProcess(config, Failpoints(), load_runner(model), server, port)
+    failpoints = Failpoints(["pool:+1=error", "pooled:+1=error"])
+    process = PoolingProcess(config, failpoints, load_runner(model), server, port)
     await process.start(ClusterToken(), redis_server.url)
     address = f"127.0.0.1:{port}"
     connection = connect(address, ClusterToken())
-    yield Running(process, connection, address)
+    yield Running(process, failpoints, connection, address)
     await connection.close()
     await process.close()
 
@@ -201,6 +209,16 @@ async def test_it_serves_over_grpc(running: Running, model: Path) -> None:
     assert caught.value.cause is Cause.INVALID_REQUEST
     many = await asyncio.gather(*(running.pool(ask((i, i + 1))) for i in range(50)))
     assert len({result for (result,) in many}) == 50
+
+
+async def test_an_injected_error_leaves_the_request_to_another_worker(running: Running) -> None:
+    for _ in range(2):
+        running.failpoints.count()
+        with pytest.raises(BatonError) as caught:
+            await running.pool(ask((1,)))
+        assert caught.value.cause.retryable
+        assert caught.value.cause.http_status == 503
+    assert await running.pool(ask((1,)))
 
 
 async def test_its_session_carries_load_and_refuses_legs(running: Running) -> None:

@@ -212,7 +212,7 @@ async def test_nonsense_ends_the_session_alone(served: Served, session: Session)
 
 async def test_a_failpoint_fails_one_request(session: Session) -> None:
     await session.send(Submit(LegId("r", 1), request()))
-    assert (await session.failed()).cause is Cause.INTERNAL
+    assert (await session.failed()).cause is Cause.STEP_FAILED
     await session.send(Submit(LegId("r", 2), request()))
     async for message in session.messages():
         if isinstance(message, TokenChunk):
