@@ -18,12 +18,12 @@ from baton.errors import BatonError, Cause
 from baton.grants import HashChain
 from baton.kvtransfer.base import Buffers, FetchOpen, FrameSource
 from baton.kvtransfer.fetch_wire import (
+    FrameMessages,
     decode_reply,
     encode_reply,
     fetch_open_from_pb,
     fetch_open_to_pb,
 )
-from baton.kvtransfer.memory import heap_buffer
 from baton.kvtransfer.pump import (
     Arrivals,
     Credits,
@@ -212,18 +212,22 @@ class _Replies:
         self._context = context
         self._writing: asyncio.Task[bool] | None = None
 
-    async def write(self, reply: pb.FetchReply | Buffers) -> None:
+    async def write(self, reply: pb.FetchReply | bytes) -> None:
         """
         Raises:
             BatonError: CANCELLED; the call is over.
         """
+        if not await asyncio.shield(await self.begin(reply)):
+            raise BatonError(Cause.CANCELLED, "the consumer is gone")
+
+    async def begin(self, reply: pb.FetchReply | bytes) -> asyncio.Task[bool]:
+        """Write it beside what follows; the result says whether the call was still there."""
         if self._writing is not None:
             await asyncio.wait({self._writing})
         self._writing = asyncio.create_task(self._write(reply))
-        if not await asyncio.shield(self._writing):
-            raise BatonError(Cause.CANCELLED, "the consumer is gone")
+        return self._writing
 
-    async def _write(self, reply: pb.FetchReply | Buffers) -> bool:
+    async def _write(self, reply: pb.FetchReply | bytes) -> bool:
         try:
             await self._context.write(reply)
         except (grpc.aio.UsageError, grpc.aio.InternalError, asyncio.CancelledError):
@@ -248,19 +252,22 @@ class _CallConsumer:
         self._replies = replies
         self._lane = lane
         self._by_hash = by_hash
+        self._messages = FrameMessages()
 
     async def opened(self, epoch: int, num_ready_tokens: int) -> None:
         if self._by_hash:
             await self._replies.write(pb.FetchReply(have=pb.FetchHave(num_tokens=num_ready_tokens)))
         opened = pb.FetchOpened(epoch=epoch, num_ready_tokens=num_ready_tokens)
-        await self._replies.write(pb.FetchReply(opened=opened))
+        # Frames beside the call need not wait until it has left, nor do those in it but for their
+        # turn. If the call is over, `listen` hears of it.
+        await self._replies.begin(pb.FetchReply(opened=opened))
 
     def buffer(self, num_bytes: int) -> memoryview:
-        return heap_buffer(num_bytes) if self._lane is None else self._lane.buffer(num_bytes)
+        return (self._lane or self._messages).buffer(num_bytes)
 
     async def send(self, frame: Buffers) -> None:
         if self._lane is None:
-            await self._replies.write(frame)
+            await self._replies.write(self._messages.take(frame))
         else:
             await self._lane.send(frame)
 

@@ -1,5 +1,7 @@
 """What `KV.Fetch` says, as bytes: frames as replies without a copy in between, and the opening."""
 
+import ctypes
+
 from baton import wire
 from baton.errors import BatonError, Cause
 from baton.grants import HashChain
@@ -12,17 +14,56 @@ MAX_LANE_BYTES = 64 << 10
 _FRAME_TAG = 0x1A  # FetchReply.frame: field 3, length-delimited
 
 
-def encode_reply(reply: pb.FetchReply | Buffers) -> bytes:
-    """A FetchReply's bytes. A frame, given as its parts, is copied once: its message is its own
-    bytes behind a tag and a length."""
-    if isinstance(reply, pb.FetchReply):
-        return reply.SerializeToString()
-    length, prefix = sum(len(part) for part in reply), bytearray((_FRAME_TAG,))
-    while length > 0x7F:
-        prefix.append(length & 0x7F | 0x80)
-        length >>= 7
-    prefix.append(length)
-    return b"".join((prefix, *reply))
+def encode_reply(reply: pb.FetchReply | bytes) -> bytes:
+    """A FetchReply's bytes; a frame has them already, from `FrameMessages`."""
+    return reply if isinstance(reply, bytes) else reply.SerializeToString()
+
+
+class FrameMessages:
+    """Frames as FetchReplies. gRPC takes nothing but `bytes`, so a frame is put together inside of
+    those that its message will be: behind a tag and a length."""
+
+    def __init__(self) -> None:
+        # Messages by the identity of their frame's buffer, which is kept so that it stays the
+        # only one.
+        self._staged: dict[int, tuple[bytes, memoryview]] = {}
+
+    def buffer(self, num_bytes: int) -> memoryview:
+        """See `base.Staging.buffer`."""
+        prefix = _frame_prefix(num_bytes)
+        message, memory = _unwritten_bytes(len(prefix) + num_bytes)
+        memory[: len(prefix)] = prefix
+        frame = memory[len(prefix) :]
+        self._staged[id(frame)] = message, frame
+        return frame
+
+    def take(self, frame: Buffers) -> bytes:
+        """The message of a frame; one that was not put together here is copied."""
+        staged = self._staged.pop(id(frame[0]), None)
+        if staged is not None:
+            return staged[0]
+        return b"".join((_frame_prefix(sum(len(part) for part in frame)), *frame))
+
+
+def _frame_prefix(num_bytes: int) -> bytes:
+    prefix = bytearray((_FRAME_TAG,))
+    while num_bytes > 0x7F:
+        prefix.append(num_bytes & 0x7F | 0x80)
+        num_bytes >>= 7
+    prefix.append(num_bytes)
+    return bytes(prefix)
+
+
+def _unwritten_bytes(num_bytes: int) -> tuple[bytes, memoryview]:
+    """New `bytes` of undefined content, and their memory, which may be written until somebody else
+    sees them: the one case in which Python's C API allows that. The memory keeps the bytes."""
+    new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t)
+    address = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object)
+    message: bytes = new(("PyBytes_FromStringAndSize", ctypes.pythonapi))(None, num_bytes)
+    at = address(("PyBytes_AsString", ctypes.pythonapi))(message)
+    memory = (ctypes.c_ubyte * num_bytes).from_address(at)
+    memory.keeps = message  # type: ignore[attr-defined]
+    return message, memoryview(memory).cast("B")
 
 
 def decode_reply(data: bytes) -> pb.FetchReply | memoryview:

@@ -1,6 +1,7 @@
 """`KV.Fetch` against peers that do not keep to the protocol, and its messages' bytes."""
 
 import asyncio
+import gc
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from typing import Any
@@ -13,12 +14,15 @@ from hypothesis import strategies as st
 
 from baton.errors import BatonError, Cause
 from baton.kvtransfer.base import Buffers
+from baton.kvtransfer.calls import _CallConsumer, _Replies
 from baton.kvtransfer.fetch_wire import (
+    FrameMessages,
     decode_reply,
     encode_reply,
     fetch_open_from_pb,
     fetch_open_to_pb,
 )
+from baton.kvtransfer.pump import Credits
 from baton.v1 import kv_pb2 as pb
 from tests.kvtransfer.support import (
     ScriptedAttachment,
@@ -31,18 +35,44 @@ from tests.kvtransfer.support import (
 
 @given(st.binary(max_size=400), st.integers(0, 64))
 def test_a_frame_crosses_as_the_message_that_the_proto_says(frame: bytes, cut: int) -> None:
-    data = encode_reply((frame[:cut], memoryview(frame)[cut:]))
+    data = encode_reply(FrameMessages().take((frame[:cut], memoryview(frame)[cut:])))
     assert data == pb.FetchReply(frame=frame).SerializeToString()
     decoded = decode_reply(data)
     assert isinstance(decoded, memoryview)
     assert decoded == frame
 
 
-@pytest.mark.parametrize("size", [0, 127, 128, 16383, 16384, 1 << 21, (1 << 21) - 1])
+@pytest.mark.parametrize("size", [1, 127, 128, 16383, 16384, 1 << 21, (1 << 21) - 1])
 def test_frame_lengths_around_varint_borders(size: int) -> None:
-    data = encode_reply((bytes(size),))
-    assert data == pb.FetchReply(frame=bytes(size)).SerializeToString()
-    assert bytes(decode_reply(data)) == bytes(size)  # type: ignore[arg-type]
+    messages = FrameMessages()
+    buffer = messages.buffer(size)
+    buffer[:] = bytes([7]) * size
+    data = encode_reply(messages.take((buffer,)))
+    assert data == pb.FetchReply(frame=bytes([7]) * size).SerializeToString()
+    assert bytes(decode_reply(data)) == bytes([7]) * size  # type: ignore[arg-type]
+
+
+def test_frames_put_together_side_by_side_are_not_mistaken_for_each_other() -> None:
+    messages = FrameMessages()
+    buffers = [messages.buffer(3) for _ in range(4)]
+    for index, buffer in enumerate(buffers):
+        buffer[:] = bytes([index]) * 3
+    taken = [messages.take((buffer,)) for buffer in reversed(buffers)]
+    assert [data[-3:] for data in taken] == [bytes([index]) * 3 for index in (3, 2, 1, 0)]
+    del taken
+    gc.collect()
+    assert buffers[2] == b"\2\2\2", "it keeps the memory"
+    assert messages.take((buffers[0],))[-3:] == bytes(3), "once taken it is like any other frame"
+
+
+async def test_frames_beside_a_call_do_not_wait_for_its_answer_to_leave() -> None:
+    """The answer's write never ends: whoever waited for it would send nothing."""
+    lane = QueueLane()
+    consumer = _CallConsumer(StuckCall(), _Replies(StuckCall()), Credits(2), lane, False)
+    async with asyncio.timeout(5):
+        await consumer.opened(1, 0)
+        await consumer.send((b"frame",))
+    assert lane.sent == [(b"frame",)]
 
 
 def test_other_spellings_of_a_frame_are_understood() -> None:
@@ -100,6 +130,26 @@ def test_what_no_correct_consumer_opens(message: pb.FetchOpen, cause: Cause) -> 
 async def endless(_attachment: ScriptedAttachment) -> AsyncGenerator[Buffers, None]:
     while True:
         yield (b"frame",)
+
+
+class StuckCall:
+    """gRPC's end of a call whose consumer reads nothing."""
+
+    async def write(self, _reply: Any) -> None:
+        await asyncio.Event().wait()
+
+
+class QueueLane:
+    def __init__(self) -> None:
+        self.sent: list[Buffers] = []
+
+    def buffer(self, num_bytes: int) -> memoryview:
+        return memoryview(bytearray(num_bytes))
+
+    async def send(self, frame: Buffers) -> None:
+        self.sent.append(frame)
+
+    async def close(self, is_complete: bool) -> None: ...
 
 
 class RawCall:
