@@ -12,7 +12,7 @@ Keys: HKDF-SHA-256 of each cluster secret (without one: of nothing, so that gran
 the same), salt "baton-grant-1", info = the cluster's name. key_id = first 4 bytes of SHA-256(key),
 little-endian; of two secrets the first signs, each verifies.
 
-Signed bytes (test vector: docs/kv-exchange.md): "baton-grant-1", then every field but `mac` in the
+Signed bytes (test vector: docs/kv-wire.md): "baton-grant-1", then every field but `mac` in the
 order of `Grant`; integers as u64le, byte strings with their length as u32le.
 """
 

@@ -1,7 +1,7 @@
 """Prefix hashes: the identity of a KV block is everything that led to it.
 
 H₀ = SHA-256("baton-kv-1" ‖ fingerprint ‖ salt), Hᵢ = SHA-256(Hᵢ₋₁ ‖ ids as u32le), one per
-HASH_TOKENS tokens. Test vectors: docs/kv-exchange.md.
+HASH_TOKENS tokens. Test vectors: docs/kv-wire.md.
 """
 
 import hashlib

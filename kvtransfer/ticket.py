@@ -5,7 +5,7 @@ the plain fields with its own request before it reserves anything (`check_ticket
 compares the consumer's claims with the ticket before it opens an attachment (`check_fetch`): a
 fetch runs only when both agree about model, layout, tenant and every prompt token.
 
-Signed bytes (test vector: docs/kv-exchange.md): "baton-ticket-1", then every field but `mac` in the
+Signed bytes (test vector: docs/kv-wire.md): "baton-ticket-1", then every field but `mac` in the
 order of `KVTicket`; integers as u64le, byte strings and text (UTF-8) with their length as u32le.
 """
 

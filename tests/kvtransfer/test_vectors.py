@@ -1,4 +1,4 @@
-"""The definitions that peers must share, checked against the vectors in docs/kv-exchange.md."""
+"""The definitions that peers must share, checked against the vectors in docs/kv-wire.md."""
 
 import hashlib
 import hmac
@@ -16,7 +16,7 @@ from baton.kvtransfer.frames import HEADER_BYTES, FrameKind, FrameWriter, decode
 from baton.kvtransfer.ticket import TicketKeyring, ticket_bytes
 from baton.types import BlockHash, KVGroup, KVKind, KVLayout, KVRange, KVTicket, SamplingParams
 
-DOC = Path(__file__).parents[2] / "docs" / "kv-exchange.md"
+DOC = Path(__file__).parents[2] / "docs" / "kv-wire.md"
 
 
 @pytest.fixture(scope="module")
