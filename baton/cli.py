@@ -48,6 +48,7 @@ def _configured(
                 flags["model"] = model
             try:
                 resolved = load_config(config, flags, os.environ, config_file)
+                _check_redis(resolved)
             except ConfigError as error:
                 raise click.UsageError(str(error)) from None
             _start(resolved, process)
@@ -65,6 +66,12 @@ def _configured(
         return click.command(run.__name__.replace("_", "-"), help=run.__doc__)(command)
 
     return decorate
+
+
+def _check_redis(config: BaseModel) -> None:
+    """Here, since a worker imports for seconds before it could tell."""
+    if isinstance(config, GatewayConfig | WorkerConfig) and config.redis_url is None:
+        raise ConfigError("--redis-url is missing: it is where gateways find workers")
 
 
 def _start(config: BaseModel, process: str) -> None:

@@ -26,9 +26,10 @@ def pair_conflict(producer: WorkerInfo, consumer: WorkerInfo) -> tuple[Cause, st
         return Cause.UNSUPPORTED, (
             f"protocol {producer.protocol[0]} against {consumer.protocol[0]}"
         )
-    if producer.fingerprint != consumer.fingerprint:
-        return Cause.MODEL_MISMATCH, "model fingerprints differ"
     conflict = layout_conflict(producer.layout, consumer.layout)
+    if producer.fingerprint != consumer.fingerprint:
+        how = conflict or f"{producer.model} against {consumer.model}"
+        return Cause.MODEL_MISMATCH, f"model fingerprints differ: {how}"
     if conflict is not None:
         return Cause.LAYOUT_INCOMPATIBLE, conflict
     return None

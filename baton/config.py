@@ -7,6 +7,7 @@ same fields:
 `ConfigError` of one line.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -30,6 +31,7 @@ from baton.settings import (
 )
 
 ENV_PREFIX = "BATON_"
+_PASSWORD = re.compile(r"(?<=://)[^/?#]*(?=@)|(?<=password=)[^&#]*")  # in a URL
 
 
 class ConfigError(Exception):
@@ -169,7 +171,7 @@ def describe(config: BaseModel) -> str:
 def _shown(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(_shown(item) for item in value)
-    return "***" if isinstance(value, SecretStr) else str(value)
+    return "***" if isinstance(value, SecretStr) else _PASSWORD.sub("***", str(value))
 
 
 def to_env(config: BaseModel) -> dict[str, str]:

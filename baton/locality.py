@@ -19,15 +19,16 @@ import json
 import logging
 import struct
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import cast
 
 from google.protobuf import json_format
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from baton import wire_workers
 from baton.errors import BatonError
 from baton.messages import BlocksRemoved, BlocksStored, LocalityEvent
+from baton.redis_client import FAILURES, reason_of, time_limit
 from baton.types import HASH_TOKENS, BlockHash, WorkerInfo
 from baton.v1 import common_pb2
 
@@ -41,12 +42,15 @@ MAX_STREAM_BATCHES = 4096
 MAX_BATCH_HASHES = 1 << 16
 _HASH_BYTES = 32
 _OP = struct.Struct("<BI")  # 1 = stored, 2 = removed; number of hashes
-
-
-def connect(url: str) -> Redis:
-    """A client whose calls give up after two seconds, so that a stalled Redis stalls nobody."""
-    client: Redis = Redis.from_url(url, socket_timeout=2.0, socket_connect_timeout=2.0)
-    return client
+# KEYS: registration. ARGV: value, TTL in s, "1" to take the place of another. Gives 1 if it stands.
+_REGISTER = """
+local found = redis.call('GET', KEYS[1])
+if found and found ~= ARGV[1] and ARGV[3] == '0' then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+return 1
+"""
+# KEYS: registration. ARGV: value.
+_UNREGISTER = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end"
 
 
 class Signer:
@@ -109,11 +113,12 @@ async def read_registrations(
     """(workers by id, entries that are not to be believed by key).
 
     Raises:
-        RedisError, OSError, TimeoutError: Redis is not there.
+        RedisError, OSError, TimeoutError: one of `redis_client.FAILURES`; Redis is not there.
     """
     pattern = worker_key(cluster, "*")
-    keys = [key.decode() async for key in redis.scan_iter(match=pattern, count=1000)]
-    values = cast("list[bytes | None]", await redis.mget(keys) if keys else [])
+    async with time_limit():
+        keys = [key.decode() async for key in redis.scan_iter(match=pattern, count=1000)]
+        values = cast("list[bytes | None]", await redis.mget(keys) if keys else [])
     found: dict[str, WorkerInfo] = {}
     refused: dict[str, ValueError] = {}
     for key, value in zip(keys, values, strict=True):
@@ -213,6 +218,9 @@ class WorkerRegistration:
     """Worker side: keeps the registration alive and publishes locality, at most ten batches a
     second.
 
+    A worker id belongs to the process that registered it last: a predecessor that still runs, or
+    comes back from a pause, neither overwrites nor removes its successor's entry.
+
     Owns the worker's view of what it holds, which is also what `KV.Inventory` answers. All methods
     run on one event loop; `run` ends when cancelled and then removes the registration.
     """
@@ -220,6 +228,7 @@ class WorkerRegistration:
     def __init__(self, redis: Redis, cluster: str, tokens: Sequence[str], info: WorkerInfo) -> None:
         self._redis = redis
         self._signer = Signer(tokens)
+        self._worker_id = info.worker_id
         self._key = worker_key(cluster, info.worker_id)
         self._stream = stream_key(cluster, info)
         self._value = encode_registration(self._signer, cluster, info)
@@ -227,7 +236,8 @@ class WorkerRegistration:
         self._pending: list[LocalityEvent] = []
         self._wake = asyncio.Event()
         self._seq = 0
-        self._reachable = True
+        self._was_registered = False
+        self._trouble: str | None = None
 
     def publish(self, stored: Sequence[BlockHash], removed: Sequence[BlockHash]) -> None:
         """Hashes that became reusable, then hashes that were evicted, in one step."""
@@ -246,16 +256,38 @@ class WorkerRegistration:
         try:
             await asyncio.gather(self._beat_loop(), self._flush_loop())
         finally:
-            await self._attempt(self._redis.delete(self._key, self._stream))
+            with suppress(*FAILURES):
+                await self._remove()
+
+    async def _remove(self) -> None:
+        async with time_limit(), self._redis.pipeline(transaction=False) as pipe:
+            pipe.eval(_UNREGISTER, 1, self._key, self._value)
+            pipe.delete(self._stream)
+            await pipe.execute()
 
     async def _beat_loop(self) -> None:
         while True:
-            ok = await self._attempt(self._redis.set(self._key, self._value, ex=TTL_S))
-            if ok != self._reachable:
-                log.warning("redis is %s", "back" if ok else "unreachable; serving goes on")
-                self._reachable = ok
-            await self._attempt(self._redis.expire(self._stream, 10 * TTL_S))
+            trouble = await self._beat()
+            if trouble != self._trouble:
+                level = logging.WARNING if trouble else logging.INFO
+                log.log(level, "%s", trouble or f"registered as {self._worker_id}")
+                self._trouble = trouble
             await asyncio.sleep(BEAT_S)
+
+    async def _beat(self) -> str | None:
+        """Why gateways that look now do not find this worker; None if they do."""
+        takes_over = int(not self._was_registered)
+        try:
+            async with time_limit(), self._redis.pipeline(transaction=False) as pipe:
+                pipe.eval(_REGISTER, 1, self._key, self._value, TTL_S, takes_over)
+                pipe.expire(self._stream, 10 * TTL_S)
+                stands, _ = await pipe.execute()
+        except FAILURES as error:
+            return f"redis cannot be used: {reason_of(error)}; serving goes on"
+        self._was_registered = True
+        if stands:
+            return None
+        return f"another process has registered as {self._worker_id}: gateways turn to that one"
 
     async def _flush_loop(self) -> None:
         while True:
@@ -264,23 +296,16 @@ class WorkerRegistration:
             events, self._pending = self._pending, []
             self._seq += 1
             data = encode_events(events)
+            mac = self._signer.sign(f"{self._stream}:{self._seq}", data)
             # A lost batch needs no retry: the jump in sequence numbers makes readers take a
             # snapshot.
-            await self._attempt(
-                self._redis.xadd(
-                    self._stream,
-                    {"data": data, "mac": self._signer.sign(f"{self._stream}:{self._seq}", data)},
-                    id=f"{self._seq}-0",
-                    maxlen=MAX_STREAM_BATCHES,
-                    approximate=True,
-                )
-            )
+            with suppress(*FAILURES):
+                async with time_limit():
+                    await self._redis.xadd(
+                        self._stream,
+                        {"data": data, "mac": mac},
+                        id=f"{self._seq}-0",
+                        maxlen=MAX_STREAM_BATCHES,
+                        approximate=True,
+                    )
             await asyncio.sleep(FLUSH_S)
-
-    @staticmethod
-    async def _attempt(call: object) -> bool:
-        try:
-            await call  # type: ignore[misc]  # redis-py types its asyncio calls as maybe-awaitable
-        except (RedisError, OSError, TimeoutError):
-            return False
-        return True

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) ?(?P<unit>[kmg]i?|)b?")
@@ -40,8 +40,16 @@ def _json_object(value: object) -> object:
     return text
 
 
+def _redis_url(url: str) -> str:
+    from baton.redis_client import check_url  # half as long to import as the command line
+
+    check_url(url)
+    return url
+
+
 ByteSize = Annotated[int, BeforeValidator(_parse_size), Field(gt=0)]
 JsonText = Annotated[str, BeforeValidator(_json_object)]
+RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 StrList = Annotated[tuple[str, ...], BeforeValidator(_split_list)]
 SecretList = Annotated[tuple[SecretStr, ...], BeforeValidator(_split_list)]
 
@@ -132,7 +140,7 @@ class ClusterSettings(Section):
     cluster: str = Field(
         "default", pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="Name that separates fleets."
     )
-    redis_url: str | None = Field(
+    redis_url: RedisUrl | None = Field(
         None, description="redis://, rediss:// or unix://; `baton serve` starts its own if absent."
     )
     cluster_token: SecretList = Field(
@@ -238,7 +246,7 @@ class GatewaySettings(Section):
         False, description="Show tokens of logprobs as token_id:N."
     )
     stream_interval: int = Field(1, gt=0, description="Tokens in one chunk of a stream, at least.")
-    response_redis_url: str | None = Field(
+    response_redis_url: RedisUrl | None = Field(
         None, description="Where /v1/responses stores; --redis-url if absent."
     )
     response_ttl_s: float = Field(

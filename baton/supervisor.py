@@ -91,7 +91,8 @@ class Child:
             return
         process.terminate()
         try:
-            await asyncio.wait_for(process.wait(), self.spec.stop_s)
+            async with asyncio.timeout(self.spec.stop_s):
+                await process.wait()
         except TimeoutError:
             log.warning("%s did not stop within %.0f s; killed", self.spec.name, self.spec.stop_s)
             process.kill()

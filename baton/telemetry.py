@@ -110,6 +110,10 @@ class GatewayMetrics(_Metrics):
 
     def _declare_fleet(self) -> None:
         self.workers = self._gauge("workers", "Workers with a live session.", "role")
+        self.conflicts = self._gauge(
+            "pair_conflicts", "Pairs of workers that never hand over to each other.", "cause"
+        )
+        self.redis_reachable = self._gauge("redis_reachable", "1 if Redis answers this gateway.")
         self.disaggregation = self._gauge(
             "disaggregation", "1 for what lately served requests say of hand-overs.", "state"
         )

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from baton.locality import WorkerRegistration, connect
+from baton.locality import WorkerRegistration
 from baton.messages import (
     Abort,
     Admitted,
@@ -23,6 +23,7 @@ from baton.messages import (
     Release,
     StepBatch,
 )
+from baton.redis_client import connect
 from baton.rpc import ClusterToken, RpcServer
 from baton.session_wire import serve_sessions
 from baton.types import (

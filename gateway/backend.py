@@ -91,6 +91,16 @@ class LinkView:
         return sum(self.failures.values())
 
 
+@dataclass(frozen=True, slots=True)
+class PairConflict:
+    """Two workers that are up and never hand over to each other."""
+
+    source: str  # worker_id of P
+    target: str  # worker_id of D
+    cause: Cause
+    reason: str
+
+
 class Disaggregation(StrEnum):
     """What the requests that were served lately say."""
 
@@ -114,6 +124,8 @@ class ClusterView:
     workers: tuple[WorkerView, ...] = ()
     links: tuple[LinkView, ...] = ()
     hand_overs: HandOvers = HandOvers()
+    conflicts: tuple[PairConflict, ...] = ()
+    is_redis_reachable: bool = False
 
 
 class PrefillPath(StrEnum):

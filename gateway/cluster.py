@@ -28,6 +28,16 @@ def cluster_router(context: Context) -> APIRouter:
             "models": [model.name for model in context.backend.models()],
             "workers": [worker_body(worker) for worker in view.workers],
             "links": [link_body(link) for link in view.links],
+            "conflicts": [
+                {
+                    "source": conflict.source,
+                    "target": conflict.target,
+                    "cause": conflict.cause.name.lower(),
+                    "reason": conflict.reason,
+                }
+                for conflict in view.conflicts
+            ],
+            "redis_reachable": view.is_redis_reachable,
         }
 
     return router
@@ -107,6 +117,10 @@ def refresh_fleet_gauges(metrics: GatewayMetrics, view: ClusterView) -> None:
     for disaggregation in Disaggregation:
         is_now = disaggregation is view.hand_overs.state
         metrics.disaggregation.labels(disaggregation.value).set(is_now)
+    metrics.redis_reachable.set(view.is_redis_reachable)
+    metrics.conflicts.clear()
+    for conflict in view.conflicts:
+        metrics.conflicts.labels(conflict.cause.name.lower()).inc()
     metrics.workers.clear()
     for worker in view.workers:
         metrics.workers.labels(worker.role.value).inc()

@@ -11,23 +11,21 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from redis.exceptions import RedisError
-
 from baton.errors import BatonError
 from baton.locality import (
     PrefixIndex,
     Signer,
-    connect,
     decode_events,
     read_registrations,
     stream_key,
 )
+from baton.redis_client import FAILURES, connect, reason_of, time_limit
 from baton.types import BlockHash, WorkerInfo
 
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0
-READ_BLOCK_MS = 1000
+READ_BLOCK_MS = 1000  # less than a call may take
 Inventory = Callable[[WorkerInfo], Awaitable[tuple[int, list[BlockHash]]]]
 
 
@@ -50,7 +48,7 @@ class Discovery:
         inventory: Inventory,
     ) -> None:
         self.members: dict[str, WorkerInfo] = {}
-        self.reachable = False
+        self.reachable: bool | None = None  # None: not asked yet
         self._index = index
         self._cluster = cluster
         self._signer = Signer(tokens)
@@ -77,19 +75,20 @@ class Discovery:
         while True:
             try:
                 self._update(await self._read_members())
-                self._note_reachable(True)
-            except (RedisError, OSError, TimeoutError):
-                self._note_reachable(False)
+                self._note_redis(None)
+            except FAILURES as error:
+                self._note_redis(error)
             await asyncio.sleep(POLL_S)
 
-    def _note_reachable(self, reachable: bool) -> None:
-        if reachable != self.reachable:
-            self.reachable = reachable
-            log.log(
-                logging.INFO if reachable else logging.WARNING,
-                "redis is %s",
-                "reachable" if reachable else "unreachable; serving goes on with known workers",
-            )
+    def _note_redis(self, error: BaseException | None) -> None:
+        before, self.reachable = self.reachable, error is None
+        if before is self.reachable:
+            return
+        if error is None:
+            log.info("redis is reachable")
+        else:
+            text = "redis cannot be used: %s; serving goes on with known workers"
+            log.warning(text, reason_of(error))
 
     async def _read_members(self) -> dict[str, WorkerInfo]:
         found, refused = await read_registrations(self._redis, self._signer, self._cluster)
@@ -129,8 +128,9 @@ class Discovery:
                 await self._first_snapshot()
                 continue
             try:
-                answer: Any = await self._reader.xread(ids, count=256, block=READ_BLOCK_MS)
-            except (RedisError, OSError, TimeoutError):
+                async with time_limit():
+                    answer: Any = await self._reader.xread(ids, count=256, block=READ_BLOCK_MS)
+            except FAILURES:
                 await asyncio.sleep(POLL_S)
                 continue
             for raw_key, entries in answer or ():

@@ -166,7 +166,13 @@ class Orchestrator:
         waiting = [s.info for name, s in sorted(self._sessions.items()) if name not in known]
         workers = (*up, *(_connecting(info) for info in waiting))
         self._look_for_hand_overs()
-        return ClusterView(workers, view.links, self._hand_overs.view())
+        return ClusterView(
+            workers,
+            view.links,
+            self._hand_overs.view(),
+            self._readiness.conflicts(),
+            bool(self._discovery.reachable),
+        )
 
     def open(self, request: Request) -> RequestStream:
         if self._draining:

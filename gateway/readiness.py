@@ -3,11 +3,12 @@
 import asyncio
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from baton.compat import pair_conflict
 from baton.errors import BatonError, Cause
-from baton.gateway.backend import PrefillPath, RequestStream
+from baton.gateway.backend import PairConflict, PrefillPath, RequestStream
 from baton.gateway.legs import Planner
 from baton.gateway.router import DecodeDecision, Need, Refusal, RouteDecision, transfer_bytes
 from baton.gateway.workers import Fleet, Worker
@@ -81,7 +82,7 @@ class Readiness:
         self._fleet = fleet
         self._open_probe = open_probe
         self._proven: set[tuple[bytes, bytes]] = set()
-        self._refused: set[tuple[bytes, bytes]] = set()
+        self._conflicts: dict[tuple[bytes, bytes], PairConflict] = {}
         self._changed = asyncio.Event()
         self._num_probes = 0
 
@@ -91,6 +92,11 @@ class Readiness:
     def is_ready(self) -> bool:
         """A proven route is up now."""
         return any(route.incarnations in self._proven for route in self._routes())
+
+    def conflicts(self) -> tuple[PairConflict, ...]:
+        """Of workers that are up now."""
+        up = {worker.info.incarnation for worker in self._fleet if worker.accepts}
+        return tuple(found for pair, found in self._conflicts.items() if up.issuperset(pair))
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -102,10 +108,9 @@ class Readiness:
                 if route.incarnations not in self._proven:
                     failed += not await self._prove(route)
             retry_s = min(2 * retry_s, _MAX_RETRY_S) if failed else _RETRY_S
-            try:
-                await asyncio.wait_for(self._changed.wait(), retry_s if failed else None)
-            except TimeoutError:
-                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(retry_s if failed else None):
+                    await self._changed.wait()
 
     def _routes(self) -> Iterator[Route]:
         """Every pair that may be used. Workers compute alone if that is their role, or if there is
@@ -124,12 +129,11 @@ class Readiness:
 
     def _may_pair(self, source: Worker, target: Worker) -> bool:
         conflict = pair_conflict(source.info, target.info)
-        key = (source.info.incarnation, target.info.incarnation)
-        if conflict is not None and key not in self._refused:
-            self._refused.add(key)
-            log.warning(
-                "%s and %s are never paired: %s", source.worker_id, target.worker_id, conflict[1]
-            )
+        pair = (source.info.incarnation, target.info.incarnation)
+        if conflict is not None and pair not in self._conflicts:
+            found = PairConflict(source.worker_id, target.worker_id, *conflict)
+            self._conflicts[pair] = found
+            log.warning("%s and %s are never paired: %s", found.source, found.target, found.reason)
         return conflict is None
 
     async def _prove(self, route: Route) -> bool:

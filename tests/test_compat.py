@@ -78,3 +78,14 @@ def test_pairs_that_are_never_chosen(change: dict[str, Any], cause: Cause) -> No
         assert conflict is not None
         assert conflict[0] is cause
         assert conflict[1]
+
+
+def test_a_model_of_another_dtype_or_name_is_named() -> None:
+    layout = replace(LAYOUT, groups=(replace(GROUP, dtype="float32"),))
+    other = replace(INFO, fingerprint=b"o" * 32, layout=layout)
+    conflict = pair_conflict(INFO, other)
+    assert conflict is not None
+    assert conflict[1] == "model fingerprints differ: KV group 0: dtype bfloat16 against float32"
+    conflict = pair_conflict(INFO, replace(INFO, fingerprint=b"o" * 32, model="n"))
+    assert conflict is not None
+    assert conflict[1] == "model fingerprints differ: m against n"

@@ -39,6 +39,8 @@ def test_precedence_is_defaults_yaml_environment_flags(tmp_path: Path) -> None:
         ({"dtype": "int7"}, {}, "", "--dtype"),
         ({"kv_cache_memory_bytes": "2 parsecs"}, {}, "", "must be a number of bytes, e.g. 512MiB"),
         ({"kv_cache_memory_bytes": "-1g"}, {}, "", "must be a number of bytes"),
+        ({"redis_url": "host:6379"}, {}, "", "--redis-url (the command line): is no URL of a Red"),
+        ({}, {"BATON_REDIS_URL": "redis://h/x"}, "", "redis://host:6379/0"),
         ({"hf_overrides": "[1]"}, {}, "", "--hf-overrides (the command line): must be a JSON obj"),
     ],
 )
@@ -71,6 +73,24 @@ def test_secrets_are_lists_and_never_shown() -> None:
     assert [key.get_secret_value() for key in config.api_key] == ["hunter2", "swordfish"]
     assert "hunter2" not in describe(config)
     assert "hunter2" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        (
+            "rediss://user:hunter2@host:1/0?ssl_ca_certs=/ca",
+            "rediss://***@host:1/0?ssl_ca_certs=/ca",
+        ),
+        ("redis://:hunter2@host", "redis://***@host"),
+        ("redis://host?password=hunter2&db=1", "redis://host?password=***&db=1"),
+        ("unix:///run/redis.sock", "unix:///run/redis.sock"),
+    ],
+)
+def test_passwords_in_urls_are_never_shown(url: str, shown: str) -> None:
+    config = load_config(ServeConfig, {"redis_url": url}, {})
+    assert f"redis_url={shown}" in describe(config)
+    assert to_env(config)["BATON_REDIS_URL"] == url
 
 
 def test_children_get_the_same_settings_through_the_environment() -> None:

@@ -2,25 +2,30 @@ import asyncio
 import dataclasses
 import json
 import secrets
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from redis.asyncio import Redis
 
+from baton import locality, redis_client
 from baton.errors import BatonError, Cause
+from baton.gateway import discovery
 from baton.gateway.discovery import Discovery
 from baton.locality import (
     PrefixIndex,
     Signer,
     WorkerRegistration,
-    connect,
     decode_events,
     decode_registration,
     encode_events,
     encode_registration,
+    read_registrations,
     worker_key,
 )
 from baton.messages import BlocksRemoved, BlocksStored
+from baton.redis_client import connect
 from baton.types import BlockHash, KVGroup, KVKind, KVLayout, Role, TransportAddress, WorkerInfo
 
 
@@ -135,6 +140,15 @@ def test_two_tokens_are_valid_while_rotating() -> None:
     assert decode_registration(both, worker_key("c", info.worker_id), value) == info
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten and more times as fast as in a fleet."""
+    monkeypatch.setattr(locality, "BEAT_S", 0.1)
+    monkeypatch.setattr(discovery, "POLL_S", 0.05)
+    monkeypatch.setattr(discovery, "READ_BLOCK_MS", 100)
+    monkeypatch.setattr(redis_client, "TIMEOUT_S", 0.5)
+
+
 class Fleet:
     """A discovery and the workers' own truth, for tests against a real Redis."""
 
@@ -143,6 +157,7 @@ class Fleet:
         self.index = PrefixIndex()
         self.events: list[tuple[str, str]] = []
         self.registrations: dict[str, WorkerRegistration] = {}
+        self.clients: list[Redis] = []
         self.tasks: list[asyncio.Task[None]] = []
         self.num_inventories = 0
         self.silent: set[str] = set()  # workers that never answer
@@ -166,7 +181,8 @@ class Fleet:
         return self.registrations[info.worker_id].inventory()
 
     def add(self, info: WorkerInfo) -> WorkerRegistration:
-        registration = WorkerRegistration(connect(self.url), "c", ["secret"], info)
+        self.clients.append(connect(self.url))
+        registration = WorkerRegistration(self.clients[-1], "c", ["secret"], info)
         self.registrations[info.worker_id] = registration
         self.tasks.append(asyncio.create_task(registration.run()))
         return registration
@@ -175,6 +191,7 @@ class Fleet:
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
+        await asyncio.gather(*(client.aclose() for client in self.clients))
 
 
 async def test_a_worker_joins_publishes_and_leaves(redis_server, until) -> None:
@@ -214,6 +231,94 @@ async def test_a_new_incarnation_replaces_the_old_one(redis_server, until) -> No
     fleet.add(dataclasses.replace(make_info(), pid=2))
     await until(lambda: fleet.events.count(("join", "prefill-0")) == 2)
     await until(lambda: fleet.index.longest_prefix(chain(2)) == {})
+    await fleet.close()
+
+
+async def registered(url: str) -> WorkerInfo | None:
+    """As a gateway finds it."""
+    client = connect(url)
+    found, _ = await read_registrations(client, Signer(["secret"]), "c")
+    await client.aclose()
+    return found.get("prefill-0")
+
+
+async def test_an_id_belongs_to_the_process_that_registered_it_last(
+    redis_server, until, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A predecessor that still runs, or drains, neither overwrites nor removes its entry."""
+    fleet = Fleet(redis_server.url)
+    old, new = make_info(), make_info()
+    fleet.add(old)
+    await until(lambda: fleet.discovery.members.get("prefill-0") == old)
+    fleet.add(new)
+    await until(lambda: fleet.discovery.members.get("prefill-0") == new)
+    await until(lambda: "another process has registered as prefill-0" in caplog.text)
+    for _ in range(5):
+        assert await registered(redis_server.url) == new
+        await asyncio.sleep(0.05)
+    fleet.tasks[1].cancel()
+    await asyncio.gather(fleet.tasks[1], return_exceptions=True)
+    assert await registered(redis_server.url) == new, "its successor's entry is not its own"
+    fleet.tasks[2].cancel()
+    await asyncio.gather(fleet.tasks[2], return_exceptions=True)
+    assert await registered(redis_server.url) is None
+    await fleet.close()
+
+
+async def test_who_was_replaced_is_found_again_when_the_other_is_gone(redis_server, until) -> None:
+    fleet = Fleet(redis_server.url)
+    old, new = make_info(), make_info()
+    fleet.add(old)
+    await until(lambda: fleet.discovery.members.get("prefill-0") == old)
+    fleet.add(new)
+    await until(lambda: fleet.discovery.members.get("prefill-0") == new)
+    fleet.tasks[2].cancel()
+    await until(lambda: fleet.discovery.members.get("prefill-0") == old)
+    await fleet.close()
+
+
+async def test_a_redis_that_stands_still_holds_up_nobody(
+    redis_server, until, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is known stays known, and a worker that leaves does not wait for long."""
+    caplog.set_level("INFO")
+    fleet = Fleet(redis_server.url)
+    fleet.add(make_info()).publish(chain(2), ())
+    leaving = fleet.add(make_info("decode-0"))
+    await until(lambda: fleet.index.longest_prefix(chain(2)) == {"prefill-0": 32})
+    await until(lambda: "decode-0" in fleet.discovery.members)
+    redis_server.pause()
+    lags = []
+    async with asyncio.timeout(20):
+        while caplog.text.count("redis cannot be used: ") < 3:  # the gateway and each worker
+            start = time.monotonic()
+            await asyncio.sleep(0.01)
+            lags.append(time.monotonic() - start)
+    assert sorted(lags)[len(lags) // 2] < 0.1, "the event loop goes on"
+    assert not fleet.discovery.reachable
+    assert set(fleet.discovery.members) == {"prefill-0", "decode-0"}
+    assert fleet.index.longest_prefix(chain(2)) == {"prefill-0": 32}
+    leaving.publish(chain(1), ())
+    start = time.monotonic()
+    fleet.tasks[-1].cancel()
+    await asyncio.gather(fleet.tasks[-1], return_exceptions=True)
+    assert time.monotonic() - start < 3 * redis_client.TIMEOUT_S
+    redis_server.resume()
+    fleet.registrations["prefill-0"].publish(chain(1, start=2), ())
+    await until(lambda: fleet.index.longest_prefix(chain(3)) == {"prefill-0": 48})
+    await until(lambda: fleet.discovery.reachable)
+    await until(lambda: "registered as prefill-0" in caplog.text)
+    assert caplog.text.count("redis cannot be used: ") == 3, "once each"
+    await fleet.close()
+
+
+async def test_a_redis_that_was_never_there_is_said(
+    until, caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet = Fleet("unix:///nonexistent/redis.sock")
+    fleet.add(make_info())
+    await until(lambda: caplog.text.count("redis cannot be used: ") == 2)
+    assert caplog.text.count("No such file or directory") == 2
     await fleet.close()
 
 

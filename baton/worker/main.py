@@ -71,9 +71,7 @@ def run_pooling(config: WorkerConfig) -> int:
 
 
 def _run(config: WorkerConfig, load: Load) -> int:
-    if config.redis_url is None:
-        log.error("--redis-url is missing: without it no gateway finds this worker")
-        return 2
+    assert config.redis_url is not None, "the command line sees to it"
     if config.failpoint and not config.test_hooks:
         log.error("--failpoint is for tests and needs --test-hooks")
         return 2

@@ -121,9 +121,9 @@ class PoolingProcess:
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing more; return when all is answered, or at the deadline."""
+        self._desk.is_draining = True
         if self._registration is not None:
             await self._registration.close()
-        self._desk.is_draining = True
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while self._desk:  # noqa: ASYNC110 - looked at rarely

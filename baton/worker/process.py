@@ -137,8 +137,8 @@ class WorkerProcess:
         assert self._worker is not None, "started"
         assert self._registration is not None
         await _cancelled(self._probing)
-        await self._registration.close()
-        await self._worker.drain(timeout_s)
+        # A Redis that does not answer holds up nothing: gateways hear it from the session.
+        await asyncio.gather(self._registration.close(), self._worker.drain(timeout_s))
 
     async def close(self) -> None:
         """Idempotent."""

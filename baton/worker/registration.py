@@ -3,11 +3,10 @@
 import asyncio
 from contextlib import suppress
 
-from redis.exceptions import RedisError
-
 from baton.engine.events import StepOutput
-from baton.locality import Signer, WorkerRegistration, connect, read_registrations
+from baton.locality import Signer, WorkerRegistration, read_registrations
 from baton.messages import GatewayMessage, WorkerMessage
+from baton.redis_client import FAILURES, connect
 from baton.settings import ClusterSettings
 from baton.types import BlockHash, WorkerInfo
 
@@ -27,7 +26,7 @@ class Registration:
         """Who is registered now; nobody, as long as Redis cannot say."""
         try:
             found, _ = await read_registrations(self._redis, self._signer, self._cluster)
-        except (RedisError, OSError, TimeoutError):
+        except FAILURES:
             return []
         return list(found.values())
 

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic_core import to_json
-from redis.exceptions import RedisError
 
 from baton.gateway.errors import Refusal
 from baton.gateway.responses.items import Chat
-from baton.locality import SCHEMA, Signer, connect
+from baton.locality import SCHEMA, Signer
+from baton.redis_client import FAILURES, connect, time_limit
 
 _MAC_CHARS = 64
 _BLOCK_MS = 1000  # less than a call may take
@@ -230,7 +230,8 @@ class ResponseStore:
         if time.monotonic() < self._down_until_s:
             raise StoreUnavailable
         try:
-            return await command(*args, **options)
-        except (RedisError, OSError, TimeoutError):
+            async with time_limit():
+                return await command(*args, **options)
+        except FAILURES:
             self._down_until_s = time.monotonic() + _DOWN_S
             raise StoreUnavailable from None

@@ -11,6 +11,7 @@ from baton.gateway.backend import (
     ClusterView,
     LinkView,
     Moved,
+    PairConflict,
     PrefillPath,
     RequestReport,
     ServedModel,
@@ -97,6 +98,7 @@ class FakeBackend:
     script: Script
     served: tuple[ServedModel, ...]
     is_ready: bool = True
+    has_redis: bool = True
     refuse: BatonError | None = None
     streams: list[FakeStream] = field(default_factory=list)
     scored: list[Request] = field(default_factory=list)
@@ -134,7 +136,10 @@ class FakeBackend:
         other = replace(worker, worker_id="d0", role=Role.DECODE)
         moved, failures = {"grpc": Moved(1, 4096, 0.5)}, {Cause.FRAME_CORRUPT: 2}
         link = LinkView("p0", "d0", "grpc", 1e6, moved, failures, in_flight_bytes=512)
-        return ClusterView((worker, other), (link,))
+        conflict = PairConflict("p0", "d1", Cause.LAYOUT_INCOMPATIBLE, "head_dim 8 against 16")
+        return ClusterView(
+            (worker, other), (link,), conflicts=(conflict,), is_redis_reachable=self.has_redis
+        )
 
     async def score(self, request: Request) -> tuple[Logprobs, ...]:
         self.scored.append(request)

@@ -2,12 +2,21 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from baton.config import GatewayConfig
 from baton.errors import BatonError, Cause
-from baton.gateway.backend import Disaggregation, HandOvers, PrefillPath, RequestStream, WorkerState
+from baton.gateway.backend import (
+    Disaggregation,
+    HandOvers,
+    PairConflict,
+    PrefillPath,
+    RequestStream,
+    WorkerState,
+)
 from baton.gateway.orchestrate import Orchestrator
 from baton.gateway.sessions import SessionConfig
 from baton.messages import Abort, Bind, Release, Submit
@@ -32,8 +41,10 @@ class Fleet:
         self.orchestrator = Orchestrator(config, FAST)
         self.workers: dict[str, ScriptedWorker] = {}
 
-    async def add(self, worker_id: str, role: Role) -> ScriptedWorker:
+    async def add(self, worker_id: str, role: Role, **changes: Any) -> ScriptedWorker:
+        """`changes`: to its registration."""
         worker = self.workers[worker_id] = ScriptedWorker(worker_id, role)
+        worker.info = replace(worker.info, **changes)
         await worker.start()
         self.orchestrator._discovery.members[worker_id] = worker.info
         self.orchestrator.worker_registered(worker.info)
@@ -108,6 +119,27 @@ async def test_ready_is_proven_by_a_request_over_the_route(fleet: Fleet) -> None
     with pytest.raises(BatonError) as caught:
         fleet.orchestrator.open(request())
     assert caught.value.cause is Cause.DRAINING
+
+
+async def test_workers_whose_layouts_cannot_be_converted_are_never_paired(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And that is said by name: once in the log, and as long as both are up."""
+    p = await fleet.add("p", Role.PREFILL)
+    (group,) = p.info.layout.groups
+    layout = replace(p.info.layout, groups=(replace(group, head_dim=2 * group.head_dim),))
+    d = await fleet.add("d", Role.DECODE, layout=layout)
+    await fleet.up()
+    await fleet.orchestrator.start()
+    await until(fleet.orchestrator.ready)
+    reason = f"KV group 0: head_dim {group.head_dim} against {2 * group.head_dim}"
+    (conflict,) = fleet.orchestrator.topology().conflicts
+    assert conflict == PairConflict("p", "d", Cause.LAYOUT_INCOMPATIBLE, reason)
+    assert await tokens_of(fleet.orchestrator.open(request())) == expected()
+    assert not any(isinstance(message, Bind) for message in d.received)
+    assert caplog.text.count(f"p and d are never paired: {reason}") == 1
+    await d.stop()
+    await until(lambda: not fleet.orchestrator.topology().conflicts)
 
 
 async def test_models(fleet: Fleet) -> None:

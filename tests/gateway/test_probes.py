@@ -76,6 +76,22 @@ async def test_cluster(client: httpx.AsyncClient) -> None:
     assert (link["num_bytes"], link["bytes_per_s"], link["in_flight_bytes"]) == (4096, 1e6, 512)
     assert link["measured"] is True
     assert (link["num_failures"], link["failures"]) == (2, {"frame_corrupt": 2})
+    (conflict,) = body["conflicts"]
+    assert (conflict["source"], conflict["target"]) == ("p0", "d1")
+    assert conflict["cause"] == "layout_incompatible"
+    assert conflict["reason"] == "head_dim 8 against 16"
+    assert body["redis_reachable"] is True
+
+
+async def test_what_is_wrong_with_the_fleet_is_in_the_metrics(
+    client: httpx.AsyncClient, backend: FakeBackend
+) -> None:
+    found = samples((await client.get("/metrics")).text)
+    assert found["baton_pair_conflicts", "layout_incompatible"] == 1
+    assert found["baton_redis_reachable",] == 1
+    backend.has_redis = False
+    found = samples((await client.get("/metrics")).text)
+    assert found["baton_redis_reachable",] == 0
 
 
 async def test_metrics_of_links(client: httpx.AsyncClient) -> None:

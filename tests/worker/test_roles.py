@@ -1,5 +1,6 @@
 """A role is a policy, no more."""
 
+import os
 import subprocess
 import sys
 
@@ -27,11 +28,25 @@ def test_the_command_line_starts_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_a_worker_without_redis_says_so() -> None:
-    command = [sys.executable, "-m", "baton.cli", "prefill-worker"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2
-    assert "--redis-url" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "--redis-url is missing"),
+        (["--redis-url", "http://host"], "--redis-url (the command line): is no URL of a Redis"),
+    ],
+)
+def test_a_worker_that_cannot_be_found_says_so_at_once(arguments: list[str], expected: str) -> None:
+    """That is before it imports torch, which takes seconds."""
+    code = (
+        "import sys; from baton.cli import main\n"
+        "try: main(['prefill-worker', *sys.argv[1:]])\n"
+        "except SystemExit as end: sys.exit(99 if 'torch' in sys.modules else end.code)"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    env = {**os.environ, "COLUMNS": "200"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, check=False)
+    assert done.returncode == 2, done.stderr
+    assert expected in done.stderr
 
 
 def test_failpoints_are_refused_without_test_hooks(caplog: pytest.LogCaptureFixture) -> None:
