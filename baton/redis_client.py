@@ -45,7 +45,7 @@ def check_url(url: str) -> None:
     if parts.scheme in ("redis", "rediss") and not (parts.path.strip("/") or "0").isdecimal():
         raise ValueError("what follows the host is the number of a database: redis://host:6379/0")
     try:
-        ConnectionPool.from_url(url).make_connection()
+        ConnectionPool.from_url(url).make_connection()  # type: ignore[no-untyped-call]
     except (TypeError, ValueError) as error:
         raise ValueError(f"is no URL of a Redis: {error}") from None
 
