@@ -32,6 +32,7 @@ class BeamSearchParams:
     ignore_eos: bool = False
     temperature: float = 0.0
     length_penalty: float = 1.0
+    allowed_token_ids: Sequence[int] | None = None  # None = all
 
     def __post_init__(self) -> None:
         if not 1 <= self.beam_width <= MAX_BEAM_WIDTH:
@@ -41,6 +42,8 @@ class BeamSearchParams:
         limit = MAX_LENGTH_PENALTY
         if not -limit <= self.length_penalty <= limit:
             raise InvalidRequest(f"length_penalty must be in -{limit}..{limit}", "length_penalty")
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,14 @@ class BeamSearch:
 
     def next_params(self) -> SamplingParams:
         """Of a request for what may follow a beam: the first token's log-probabilities are it."""
-        return SamplingParams(temperature=0.0, seed=0, max_tokens=1, logprobs=self.num_logprobs)
+        return SamplingParams(
+            temperature=0.0,
+            seed=0,
+            max_tokens=1,
+            logprobs=self.num_logprobs,
+            processed_logprobs=True,
+            allowed_token_ids=self._params.allowed_token_ids,  # type: ignore[arg-type]
+        )
 
     @property
     def is_over(self) -> bool:

@@ -158,6 +158,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     logprobs: int | None = None  # number of alternatives besides the sampled token; None = none
+    processed_logprobs: bool = False  # after masks, bias and penalties; no field of the HTTP API
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit), by id
     allowed_token_ids: tuple[int, ...] | None = None  # None = all
     bad_words: tuple[str, ...] = ()  # turned into ids by the gateway (or LLM), never sent

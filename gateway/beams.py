@@ -27,7 +27,11 @@ class BeamStream:
         sampling = request.sampling
         assert sampling.max_tokens is not None, "resolved by now"
         params = BeamSearchParams(
-            sampling.n, sampling.max_tokens, sampling.ignore_eos, length_penalty=length_penalty
+            sampling.n,
+            sampling.max_tokens,
+            sampling.ignore_eos,
+            length_penalty=length_penalty,
+            allowed_token_ids=sampling.allowed_token_ids,
         )
         self._backend = backend
         self._request = request
@@ -73,9 +77,7 @@ class BeamStream:
                 request_id=f"{self._request.request_id}-{self._num_steps}.{number}",
                 prompt_token_ids=(*self._request.prompt_token_ids, *beam.token_ids),
                 sampling=replace(
-                    self._search.next_params(),
-                    allowed_token_ids=self._request.sampling.allowed_token_ids,
-                    logit_bias=self._request.sampling.logit_bias,
+                    self._search.next_params(), logit_bias=self._request.sampling.logit_bias
                 ),
             )
             self._streams.append(self._backend.open(request))

@@ -121,6 +121,7 @@ _full_sampling = st.builds(
     ignore_eos=st.booleans(),
     stop_token_ids=ids,
     logprobs=st.integers(0, 20),
+    processed_logprobs=st.booleans(),
     logit_bias=st.dictionaries(u32, st.floats(-100, 100), max_size=3),
     allowed_token_ids=st.none() | st.lists(u32, min_size=1, max_size=3),
     bad_words_token_ids=st.lists(st.lists(u32, min_size=1, max_size=3), max_size=3),

@@ -217,6 +217,7 @@ class RemoteLLM(LLM):
             "max_tokens": min(params.max_tokens, self._max_model_len),
             "length_penalty": params.length_penalty,
             "ignore_eos": params.ignore_eos,
+            "allowed_token_ids": params.allowed_token_ids,
             "temperature": 1.0,
             "logprobs": 0,
             "return_token_ids": True,

@@ -9,8 +9,8 @@ from baton.outputs import CompletionOutput, Logprob, RequestOutput
 from baton.types import SamplingParams
 
 _LOWEST = -9999.0  # what the API writes for -inf
-# Not a field of the API: `bad_words` are, and become ids there.
-_NOT_SENT = {"bad_words_token_ids"}
+# No fields of the API; `bad_words` are one, and become ids there.
+_NOT_SENT = {"bad_words_token_ids", "processed_logprobs"}
 
 
 def sampling_fields(params: SamplingParams, max_model_len: int) -> dict[str, Any]:
@@ -23,6 +23,8 @@ def sampling_fields(params: SamplingParams, max_model_len: int) -> dict[str, Any
     """
     if params.bad_words_token_ids and not params.bad_words:
         raise InvalidRequest("give bad_words as texts", "bad_words_token_ids")
+    if params.processed_logprobs:
+        raise InvalidRequest("a fleet gives the model's own logprobs", "processed_logprobs")
     known = {field.name: getattr(params, field.name) for field in fields(params)}
     body = {name: value for name, value in known.items() if name not in _NOT_SENT}
     max_tokens = min(params.max_tokens or max_model_len, max_model_len)

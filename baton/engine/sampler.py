@@ -1,9 +1,10 @@
 """From logits to tokens, in the fixed order of docs/sampling.md:
 
-masks → bias → penalties → (log-probabilities are of this) → temperature → top-k → top-p → min-p →
-the largest of logit / temperature + noise.
+masks → bias → penalties → temperature → top-k → top-p → min-p → the largest of
+logit / temperature + noise. Log-probabilities are of the logits before any of it.
 """
 
+import math
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
 
@@ -62,8 +63,15 @@ class Sampler:
         """`_sample`, from copies that the requests' edits are applied to."""
         rows = logits[[row for row, _ in jobs]]
         lost = self._edits.apply(rows, [request for _, request in jobs])
-        results = _sample(rows, indices, [(row, r) for row, (_, r) in enumerate(jobs)])
+        copies = [(at, request) for at, (_, request) in enumerate(jobs)]
+        token_ids = draw_tokens(rows, [_draw(*copy) for copy in copies])
+        logprobs = {
+            **_logprobs(logits, jobs, token_ids, processed=False),
+            **_logprobs(rows, copies, token_ids, processed=True),
+        }
+        results: dict[int, Sampled] = {}
         for at, (index, (row, _)) in enumerate(zip(indices, jobs, strict=True)):
+            results[index] = _checked(Sampled(token_ids[at], logprobs.get(at)))
             if at in lost:
                 results[index] = Sampled(GRAMMAR_FAILED)
             elif results[index].token_id == NOT_FINITE and logits[row].amax().isfinite():
@@ -95,13 +103,30 @@ def _draw(row: int, request: SampleRequest) -> Draw:
     )
 
 
+def _checked(sampled: Sampled) -> Sampled:
+    """Masks may hide a logit that is not finite from the draw, but not from log-probabilities."""
+    if sampled.logprobs is None or math.isfinite(sampled.logprobs.logprob):
+        return sampled
+    return Sampled(NOT_FINITE)
+
+
 def _logprobs(
-    logits: Tensor, jobs: Seq[tuple[int, SampleRequest]], token_ids: Seq[int]
+    logits: Tensor,
+    jobs: Seq[tuple[int, SampleRequest]],
+    token_ids: Seq[int],
+    *,
+    processed: bool | None = None,
 ) -> dict[int, Logprobs]:
-    """Index of the job → its log-probabilities, for those who want them and have a token."""
+    """Index of the job → its log-probabilities, for those who want them and have a token.
+
+    Args:
+        processed: only for those who want them of edited logits, or only for the others.
+    """
     wanted = {
         at: Wanted(row, token_id, request.params.logprobs, request.params.logprob_token_ids)
         for at, ((row, request), token_id) in enumerate(zip(jobs, token_ids, strict=True))
-        if request.params.logprobs is not None and token_id >= 0
+        if request.params.logprobs is not None
+        and processed in (None, request.params.processed_logprobs)
+        and token_id >= 0
     }
     return dict(zip(wanted, token_logprobs(logits, list(wanted.values())), strict=True))

@@ -65,9 +65,9 @@ def plain_fleet() -> Iterator[Fleet]:
 
 
 @pytest.fixture(scope="session")
-def oracle() -> Iterator[Callable[[list[int], SamplingParams], dict[int, list[int]]]]:
-    """The same request in one process, alone: choice → token ids."""
-    llm = LLM(
+def llm() -> Iterator[LLM]:
+    """The aggregated engine, in this process."""
+    with LLM(
         DEMO_MODEL,
         dtype="float32",
         max_model_len=1024,
@@ -75,11 +75,16 @@ def oracle() -> Iterator[Callable[[list[int], SamplingParams], dict[int, list[in
         kv_cache_memory_bytes=32 << 20,
         enable_prefix_caching=False,
         threads=1,  # with more, each step waits for the slowest thread of a busy machine
-    )
+    ) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="session")
+def oracle(llm: LLM) -> Callable[[list[int], SamplingParams], dict[int, list[int]]]:
+    """The same request in one process, alone: choice → token ids."""
 
     def generate(prompt_token_ids: list[int], params: SamplingParams) -> dict[int, list[int]]:
         (output,) = llm.generate([prompt_token_ids], params, use_tqdm=False)
         return {choice.index: list(choice.token_ids) for choice in output.outputs}
 
-    yield generate
-    llm.close()
+    return generate

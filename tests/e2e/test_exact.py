@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from baton import SamplingParams
+from baton import LLM, BeamSearchParams, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,15 @@ def test_logprobs_travel_with_the_first_token(fleet, oracle) -> None:
     assert len(logprobs["token_logprobs"]) == case.sampling["max_tokens"]
     assert all(value <= 0 for value in logprobs["token_logprobs"])
     assert all(len(top) >= 3 for top in logprobs["top_logprobs"])
+
+
+def test_beams_are_those_of_one_engine(fleet, llm) -> None:
+    case, params = Case("beams", 70), BeamSearchParams(4, 12)
+    with LLM(base_url=str(fleet.client.base_url)) as remote:
+        (found,) = remote.beam_search([case.prompt], params)
+    (expected,) = llm.beam_search([case.prompt], params)
+    assert [beam.tokens for beam in found.sequences] == [beam.tokens for beam in expected.sequences]
+    assert len({tuple(beam.tokens) for beam in found.sequences}) == 4
 
 
 def test_many_at_once_do_not_disturb_each_other(fleet, oracle) -> None:

@@ -121,10 +121,14 @@ def test_constraints_that_leave_nothing_are_told_apart_from_broken_logits() -> N
     assert sample(row, params, []) == Sampled(NOT_FINITE)
 
 
-def test_logprobs_name_only_tokens_that_can_be_and_those_asked_for() -> None:
+def test_processed_logprobs_name_only_tokens_that_can_be_and_those_asked_for() -> None:
     row = torch.arange(VOCAB) / 10
     params = SamplingParams(
-        temperature=0.0, allowed_token_ids=(8, 9), logprobs=5, logprob_token_ids=(8, 60)
+        temperature=0.0,
+        allowed_token_ids=(8, 9),
+        logprobs=5,
+        logprob_token_ids=(8, 60),
+        processed_logprobs=True,
     )
     sampled = sample(row, params, [])
     assert sampled.logprobs is not None

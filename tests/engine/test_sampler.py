@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from baton.engine.batch import Sampled, SampleRequest
+from baton.engine.batch import NOT_FINITE, Sampled, SampleRequest
 from baton.engine.sampler import Sampler
 from baton.types import SamplingParams
 
@@ -93,6 +93,7 @@ def test_penalties_follow_a_growing_output() -> None:
         presence_penalty=0.3,
         frequency_penalty=0.7,
         logprobs=5,
+        processed_logprobs=True,
         max_tokens=None,
     )
     sampler, output = Sampler([]), [11]
@@ -160,13 +161,36 @@ def test_a_broken_row_fails_alone() -> None:
     assert all(group[0].token_id >= 0 and group[0].logprobs for group in (results[0], results[2]))
 
 
-def test_logprobs_are_of_the_edited_row_before_temperature() -> None:
+@pytest.mark.parametrize(
+    "edits",
+    [
+        {},
+        {"logit_bias": {7: 100.0}},
+        {"allowed_token_ids": (7, 8)},
+        {"repetition_penalty": 1.7, "frequency_penalty": 0.4},
+        {"min_tokens": 4},
+    ],
+)
+def test_logprobs_are_those_of_the_model(edits: dict) -> None:
     row = logits_of(1)[0]
-    plain = sample_one(row, request(SamplingParams(temperature=0.3, top_k=2, logprobs=3)))
+    wanted = SamplingParams(
+        temperature=0.3, top_k=2, logprobs=3, logprob_token_ids=(9,), max_tokens=20, **edits
+    )
+    sampled = sample_one(row, request(wanted))
     expected = row.double().log_softmax(0)
-    assert plain.logprobs is not None
-    assert len(plain.logprobs.top) == 3
-    assert plain.logprobs.logprob == pytest.approx(float(expected[plain.token_id]), abs=1e-5)
-    assert [p for _, p in plain.logprobs.top] == pytest.approx(
+    assert sampled.logprobs is not None
+    assert len(sampled.logprobs.top) == 3
+    assert sampled.logprobs.logprob == pytest.approx(float(expected[sampled.token_id]), abs=1e-5)
+    assert sampled.logprobs.rank == int((row > row[sampled.token_id]).sum()) + 1
+    assert dict(sampled.logprobs.asked)[9] == pytest.approx(float(expected[9]), abs=1e-5)
+    assert [p for _, p in sampled.logprobs.top] == pytest.approx(
         np.sort(expected.numpy())[::-1][:3].tolist(), abs=1e-5
     )
+
+
+def test_a_mask_does_not_hide_a_broken_row_from_logprobs() -> None:
+    row = torch.zeros(VOCAB)
+    row[5] = torch.nan
+    for logprobs, expected in ((None, 7), (2, NOT_FINITE)):
+        params = SamplingParams(allowed_token_ids=(7,), logprobs=logprobs)
+        assert sample_one(row, request(params)).token_id == expected

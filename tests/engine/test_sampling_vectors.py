@@ -105,11 +105,12 @@ def test_draws(row: list[str]) -> None:
     assert sampled.logprobs.logprob == pytest.approx(float(row[3]), abs=2e-6)
 
     logits = grid.float().double().numpy()
+    norm = math.log(np.exp(logits).sum())
+    own = logits[sampled.token_id] - norm
+    assert sampled.logprobs.logprob == pytest.approx(own, abs=1e-5)
     penalty, seen = params.repetition_penalty, list(prompt)
     logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
     assert reference_draw(logits, params, seed) == sampled.token_id
-    norm = math.log(np.exp(logits).sum())
-    assert sampled.logprobs.logprob == pytest.approx(logits[sampled.token_id] - norm, abs=1e-5)
 
 
 def test_seed_of_a_choice() -> None:

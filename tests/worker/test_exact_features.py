@@ -2,15 +2,28 @@
 out are here, all of them on two workers, and none is missing from both."""
 
 import json
-from dataclasses import fields
+from collections.abc import Awaitable, Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
-from baton.types import SamplingParams, StructuredKind, StructuredOutput
+from baton.beam_search import Beam, BeamSearch, BeamSearchParams
+from baton.messages import Release
+from baton.types import Logprobs, Request, SamplingParams, StructuredKind, StructuredOutput
 from tests.worker import gate
 from tests.worker.fleet import Client
-from tests.worker.gate import GREEDY, SAMPLINGS, SEEDED, Oracle, Runners, on_the_wire, pair, prompt
+from tests.worker.gate import (
+    EOS,
+    GREEDY,
+    SAMPLINGS,
+    SEEDED,
+    Oracle,
+    Runners,
+    on_the_wire,
+    pair,
+    prompt,
+)
 
 runners, oracle = gate.runners, gate.oracle
 
@@ -50,6 +63,14 @@ MORE: dict[str, dict[str, Any]] = {
         "logprobs": 5,
         "logprob_token_ids": (0, 250),
     },
+    "logprobs of what is edited": {
+        **SEEDED,
+        "allowed_token_ids": range(30, 90),
+        "frequency_penalty": 0.4,
+        "logprobs": 4,
+        "processed_logprobs": True,
+        "n": 2,
+    },
     "all at once": {
         **SEEDED,
         "temperature": 0.7,
@@ -66,6 +87,11 @@ MORE: dict[str, dict[str, Any]] = {
         "n": 3,
     },
 }
+BEAMS: dict[str, dict[str, Any]] = {
+    "beams": {"beam_width": 4, "max_tokens": 8},
+    "beams of few tokens": {"beam_width": 3, "max_tokens": 8, "allowed_token_ids": range(2, 30)},
+    "long beams": {"beam_width": 2, "max_tokens": 40, "length_penalty": 2.0, "ignore_eos": True},
+}
 # What the gateway makes of them has reached the worker's fields; scores of prompts: test_exact.
 OF_THE_GATEWAY = {"stop", "include_stop_str_in_output", "bad_words", "prompt_logprobs"}
 
@@ -80,8 +106,58 @@ async def test_as_aggregated(runners: Runners, oracle: Oracle, name: str) -> Non
         assert answer.stats is None or answer.stats.num_bytes > 0
 
 
+async def beams_of(
+    nexts: Callable[[Request], Awaitable[Logprobs]], start: Request, params: BeamSearchParams
+) -> list[Beam]:
+    """The gateway's search: each step is a request for one token of each beam."""
+    search = BeamSearch(params, EOS)
+    while not search.is_over:
+        found = [
+            await nexts(
+                replace(
+                    start,
+                    request_id=f"{start.request_id}-{len(beam.token_ids)}-{number}",
+                    prompt_token_ids=(*start.prompt_token_ids, *beam.token_ids),
+                    sampling=search.next_params(),
+                )
+            )
+            for number, beam in enumerate(search.beams)
+        ]
+        search.advance(found)
+    return search.results
+
+
+@pytest.mark.parametrize("name", BEAMS)
+async def test_beams_as_aggregated(runners: Runners, oracle: Oracle, name: str) -> None:
+    """Any prefill worker answers a step, from what is in its prefix cache by then; nothing is left
+    to decode."""
+    client, params = Client(), BeamSearchParams(**BEAMS[name])
+    start = client.request(prompt(50, seed=len(name)), SamplingParams(temperature=0.0, seed=0))
+
+    async def alone(request: Request) -> Logprobs:
+        return oracle(request)[1][0][0]
+
+    async with pair(runners, (16, 32)) as both:
+        cached: list[int] = []
+
+        async def apart(request: Request) -> Logprobs:
+            worker, answer = both[len(cached) % 2], client.answer(request)
+            leg = await client.prefill(worker, answer)
+            await client.first_tokens(worker, leg, answer)
+            worker.send(Release(leg))
+            cached.append(answer.num_cached_on_p)
+            return on_the_wire(answer.logprobs)[0][0]
+
+        found = await beams_of(apart, start, params)
+    assert found == await beams_of(alone, start, params)
+    assert len(found) == params.beam_width
+    assert all(num_tokens >= 32 for num_tokens in cached[2:])
+
+
 def test_no_field_is_left_out() -> None:
     known = {field.name for field in fields(SamplingParams)} - OF_THE_GATEWAY
     assert known == {
         name for sampling in (*SAMPLINGS.values(), *MORE.values()) for name in sampling
     }
+    of_beams = {field.name for field in fields(BeamSearchParams)} - {"temperature"}  # no effect
+    assert of_beams == {name for params in BEAMS.values() for name in params}
