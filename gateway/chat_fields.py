@@ -1,15 +1,16 @@
 """Messages, and how the model's template makes a prompt of them."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from baton.errors import InvalidRequest
-from baton.gateway.fields import Bool, Text
+from baton.gateway.fields import Bool
 from baton.gateway.tool_fields import ToolFields
 
 _MAX_MESSAGES = 2048
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class ChatFields(ToolFields):
@@ -25,7 +26,7 @@ class ChatFields(ToolFields):
     add_special_tokens: Bool = False
     chat_template_kwargs: dict[str, Any] = Field({})
     documents: list[dict[str, Any]] | None = Field(None, max_length=_MAX_MESSAGES)
-    reasoning_effort: Text | None = None
+    reasoning_effort: ReasoningEffort | None = None
 
     def check_template(self) -> None:
         """

@@ -55,7 +55,8 @@ def begin(context: Context, body: CompletionRequest, request: Request, endpoint:
     prompts = parse_prompts(body.prompt)
     max_choices = context.limits.max_choices
     if len(prompts) * body.n > max_choices:
-        raise InvalidRequest(f"prompts × n must not exceed {max_choices}.", "prompt")
+        param = "n" if len(prompts) == 1 else "prompt"
+        raise InvalidRequest(f"prompts × n must not exceed {max_choices}.", param)
 
     async def encode(model: ServedModel) -> Sequence[Prompt]:
         return await encode_prompts(

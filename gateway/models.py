@@ -1,9 +1,9 @@
-"""GET /v1/models."""
+"""GET /v1/models and /v1/models/{model}."""
 
 import time
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, HTTPException
 
 from baton.gateway.backend import ServedModel
 from baton.gateway.context import Context
@@ -17,6 +17,12 @@ def models_router(context: Context) -> APIRouter:
     async def list_models() -> dict[str, Any]:
         entries = [_entry(model, created) for model in context.backend.models()]
         return {"object": "list", "data": entries}
+
+    @router.get("/v1/models/{model:path}")  # names have slashes
+    async def get_model(model: str) -> dict[str, Any]:
+        if not model:  # no name is no wish for the default
+            raise HTTPException(404)
+        return _entry(context.find_model(model), created)
 
     return router
 

@@ -95,6 +95,13 @@ def test_eos_can_be_ignored(llm: LLM) -> None:
     assert output.sequences[0].text == llm.get_tokenizer().decode(output.sequences[0].tokens)
 
 
+def test_only_allowed_tokens(llm: LLM) -> None:
+    allowed = [EOS, 40, 41, 42]
+    (output,) = llm.beam_search([[5, 6]], BeamSearchParams(4, 9, allowed_token_ids=allowed))
+    assert len(output.sequences) == 4
+    assert {token_id for one in output.sequences for token_id in one.tokens[2:]} <= set(allowed)
+
+
 def test_what_ends_outside_the_first_ranks_is_dropped() -> None:
     search = BeamSearch(BeamSearchParams(2, 5), (EOS,))
     assert search.num_logprobs == 3

@@ -63,7 +63,12 @@ _SHARED = (
     "max_output_tokens",
 )
 # Names of a chat's fields → where they come from.
-_NAMES = {"messages": "input", "response_format": "text", "logprobs": "include"}
+_NAMES = {
+    "messages": "input",
+    "response_format": "text",
+    "logprobs": "include",
+    "reasoning_effort": "reasoning",
+}
 
 
 class Reasoning(Fields):

@@ -81,6 +81,20 @@ async def test_every_step_is_an_ordinary_request_for_one_token() -> None:
     assert on.streams[0].request.prompt_token_ids == PROMPT
 
 
+async def test_what_counts_reaches_every_step() -> None:
+    on = playing()
+    sampling = SamplingParams(
+        n=2, max_tokens=3, seed=1, allowed_token_ids=(2, 5), logit_bias={5: 1.0}, top_k=3
+    )
+    async for _ in BeamStream(on, Request("r", PROMPT, sampling), 1.0, (EOS,)):
+        pass
+    for stream in on.streams:
+        asked = stream.request.sampling
+        assert (asked.allowed_token_ids, asked.logit_bias) == ((2, 5), ((5, 1.0),))
+        assert asked.processed_logprobs
+        assert (asked.top_k, asked.temperature) == (0, 0.0)
+
+
 async def test_a_failure_ends_it_and_its_siblings() -> None:
     def fails_later(request: Request) -> Sequence[Step]:
         if len(request.prompt_token_ids) > len(PROMPT):

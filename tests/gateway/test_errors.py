@@ -62,7 +62,8 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
         ({"min_p": 1.5}, "min_p"),
         ({"n": 0}, "n"),
         ({"n": -(2**62)}, "n"),
-        ({"n": 129}, "prompt"),
+        ({"n": 129}, "n"),
+        ({"prompt": ["a"] * 129}, "prompt"),
         ({"n": 2, "temperature": 0}, "n"),
         ({"frequency_penalty": 3}, "frequency_penalty"),
         ({"presence_penalty": -3}, "presence_penalty"),
@@ -214,6 +215,7 @@ async def test_a_field_that_asks_for_nothing_special_is_no_error(client: httpx.A
         ({"messages": USER * 2049}, "messages"),
         ({"messages": [{"role": "user", "content": "x " * 300}]}, "messages"),
         ({"top_logprobs": 2}, "top_logprobs"),
+        ({"reasoning_effort": "galactic"}, "reasoning_effort"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logprobs": 3}, "logprobs"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
@@ -362,7 +364,7 @@ async def test_too_many_prompts_waiting_for_the_tokenizer(
 
 
 async def test_routes(client: httpx.AsyncClient) -> None:
-    for url in ("/", "/nope", "/v1/completions/", "/v1/models/tiny"):
+    for url in ("/", "/nope", "/v1/completions/", "/v1/models/"):
         assert error_of(await client.get(url), 404)["code"] == "unknown_url"
     for method, url, allowed in (
         ("GET", COMPLETIONS, "POST"),

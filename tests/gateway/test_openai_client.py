@@ -66,6 +66,7 @@ async def test_chat(api: openai.AsyncOpenAI) -> None:
 
 async def test_models(api: openai.AsyncOpenAI) -> None:
     assert [model.id async for model in api.models.list()] == ["tiny"]
+    assert (await api.models.retrieve("tiny")).id == "tiny"
 
 
 async def test_errors(api: openai.AsyncOpenAI, backend: FakeBackend) -> None:

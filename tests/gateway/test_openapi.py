@@ -75,6 +75,7 @@ def operations() -> list[tuple[str, str]]:
             "/v1/responses/{response_id}": ("get", "delete"),
             "/v1/responses/{response_id}/cancel": ("post",),
             "/v1/models": ("get",),
+            "/v1/models/{model}": ("get",),
             "/v1/cluster": ("get",),
             "/health": ("get",),
             "/load": ("get",),

@@ -41,6 +41,11 @@ async def test_models(client: httpx.AsyncClient, backend: FakeBackend) -> None:
     (entry,) = body["data"]
     assert body["object"] == "list"
     assert (entry["id"], entry["object"], entry["max_model_len"]) == ("tiny", "model", 256)
+    assert (await client.get("/v1/models/tiny")).json() == entry
+    unknown = error_of(await client.get("/v1/models/some/other"), 404)
+    assert (unknown["param"], unknown["code"]) == ("model", "model_not_found")
+    backend.served = (replace(backend.served[0], name="some/other"),)
+    assert (await client.get("/v1/models/some/other")).json()["id"] == "some/other"
     backend.served = ()
     assert (await client.get("/v1/models")).json()["data"] == []
 

@@ -388,6 +388,7 @@ async def test_without_redis(
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"max_output_tokens": 9999}, "max_output_tokens"),
         ({"temperature": 3}, "temperature"),
+        ({"reasoning": {"effort": "galactic"}}, "reasoning"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"top_logprobs": 30, "include": [LOGPROBS]}, "top_logprobs"),
         ({"include": ["everything"]}, "include"),
