@@ -14,6 +14,7 @@ from baton.kernels.paged_attention import (
     paged_prefill,
     paged_prefill_torch,
 )
+from baton.kernels.payload_digest import payload_digests, payload_digests_torch
 from baton.kernels.rms_norm import rms_norm, rms_norm_torch
 from baton.kernels.rope import rope, rope_torch
 from baton.kernels.sampling import gumbel_argmax, gumbel_argmax_torch
@@ -175,6 +176,13 @@ def transfer_cases(dtype: torch.dtype) -> list[Case]:
             0.0,
             work,
             is_captured=False,
+        ),
+        Case(
+            "payload_digests",
+            lambda: payload_digests([payload]),
+            lambda: payload_digests_torch([payload]),
+            0.0,
+            float(payload.numel()),
         ),
     ]
 

@@ -36,9 +36,10 @@ import torch
 
 from baton.engine.kv_cache import KVCache
 from baton.errors import BatonError
-from baton.kvtransfer.base import Attachment, Buffers, FetchOpen, Staging, Transport
+from baton.kvtransfer.base import Attachment, FetchOpen, Incoming, Outgoing, Staging, Transport
 from baton.kvtransfer.calls import FetchCalls
-from baton.kvtransfer.exporter import FRAME_BYTES, Exporter, ExportFeed
+from baton.kvtransfer.exporter import BESIDE_FRAME_BYTES, FRAME_BYTES, Exporter, ExportFeed
+from baton.kvtransfer.frames import unsealed
 from baton.kvtransfer.importer import Importer
 from baton.kvtransfer.memory import KVMemory, keep_freed_memory
 from baton.kvtransfer.negotiate import make_transports
@@ -82,13 +83,13 @@ def fetch_of(num_tokens: int, row: str) -> FetchOpen:
 
 
 @asynccontextmanager
-async def transports(names: list[str]) -> AsyncIterator[dict[str, Transport]]:
+async def transports(names: list[str], memory: KVMemory) -> AsyncIterator[dict[str, Transport]]:
     """One worker's transports, by name."""
     server = RpcServer(ClusterToken())
     calls = FetchCalls(server.grpc, ClusterToken())
     address = f"127.0.0.1:{server.bind('127.0.0.1', 0)}"
     await server.start()
-    made = make_transports(names, calls, address)
+    made = make_transports(names, calls, address, memory.device)
     yield {transport.name: transport for transport in made}
     for transport in made:
         await transport.close()
@@ -121,7 +122,13 @@ class Packed:
     def __init__(self, num_bytes: int) -> None:
         self._num_bytes = num_bytes
 
-    async def frames(self, staging: Staging) -> AsyncGenerator[Buffers, None]:
+    async def frames(self, staging: Staging) -> AsyncGenerator[Outgoing, None]:
+        if staging.device is not None:
+            payload = staging.device.buffer(BESIDE_FRAME_BYTES)
+            for start in range(0, self._num_bytes, BESIDE_FRAME_BYTES):
+                await staging.take(1)
+                yield unsealed(payload[: self._num_bytes - start])
+            return
         frame = np.zeros(FRAME_BYTES, np.uint8).data
         for start in range(0, self._num_bytes, FRAME_BYTES):
             await staging.take(1)
@@ -165,7 +172,7 @@ async def _produce(control: Connection, names: list[str], max_tokens: int, devic
     copies = socket.create_server(("127.0.0.1", 0))
     arguments = (copies, ring, memory, block_ids)
     threading.Thread(target=serve_copies, args=arguments, daemon=True).start()
-    async with transports(names) as mine:
+    async with transports(names, memory) as mine:
         addresses = {name: await transport.start(source) for name, transport in mine.items()}
         control.send((addresses, listener.getsockname(), copies.getsockname(), ring.name))
         while await asyncio.to_thread(control.recv) == "cpu":
@@ -194,7 +201,7 @@ class Counter:
 
     def opened(self, epoch: int, num_ready_tokens: int) -> None: ...
 
-    async def frame(self, *frames: bytes | memoryview) -> bool:
+    async def frame(self, *frames: Incoming) -> bool:
         self._num_left -= sum(map(len, frames))
         return self._num_left <= 0
 
@@ -211,8 +218,8 @@ class Bench:
         ring: SharedMemory,
         mine: dict[str, Transport],
         theirs: dict[str, TransportAddress],
-        max_tokens: int,
-        device: str,
+        memory: KVMemory,
+        block_ids: list[BlockId],
     ) -> None:
         self._control = control
         self._tcp = tcp
@@ -220,12 +227,9 @@ class Bench:
         self._ring = ring
         self._mine = mine
         self._theirs = theirs
-        self._memory, self._block_ids = kv_memory(max_tokens, seed=2, device=device)
-        self._target = bytearray(max_tokens * LAYOUT.token_bytes)
+        self._memory, self._block_ids = memory, block_ids
+        self._target = bytearray(len(block_ids) * BLOCK * LAYOUT.token_bytes)
         self._source = bytearray(b"\1") * len(self._target)
-
-    def close(self) -> None:
-        self._memory.close()
 
     def memcpy(self, num_bytes: int) -> float:
         source, target = memoryview(self._source), memoryview(self._target)
@@ -326,14 +330,15 @@ async def main() -> None:
         socket.create_connection(tcp_address) as tcp,
         socket.create_connection(copies_address) as copies,
     ):
-        async with transports(names) as mine:
-            bench = Bench(control, tcp, copies, ring, mine, addresses, max(sizes), arguments.device)
+        memory, block_ids = kv_memory(max(sizes), seed=2, device=arguments.device)
+        async with transports(names, memory) as mine:
+            bench = Bench(control, tcp, copies, ring, mine, addresses, memory, block_ids)
             report: list[Line] = []
             for num_tokens in sizes:
                 max_s = arguments.max_seconds / len(sizes)
                 report += (lines := await bench.run(num_tokens, arguments.repeats, max_s))
                 show(lines)
-            bench.close()
+        memory.close()
     control.send("stop")
     child.join()
     show_markdown(report)

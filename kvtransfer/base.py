@@ -20,13 +20,31 @@ Guarantees every transport gives (tests/kvtransfer/test_transports.py runs them 
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from baton.errors import BatonError
 from baton.grants import HashChain
 from baton.types import KVLayout, KVRange, KVTicket, TransferStats, TransportAddress
 
+if TYPE_CHECKING:  # what is here needs no torch
+    from torch import Tensor
+
 Buffers = Sequence[bytes | bytearray | memoryview]  # one frame, gathered: header, payload parts
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFrame:
+    """A frame whose payload stays in device memory, beside its header."""
+
+    header: bytes | memoryview
+    payload: "Tensor"  # [num_bytes] uint8
+
+    def __len__(self) -> int:
+        return len(self.header) + len(self.payload)
+
+
+Outgoing = Buffers | DeviceFrame
+Incoming = bytes | memoryview | DeviceFrame
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +76,20 @@ class FetchOpen:
     traceparent: str = ""  # of the request; "" = not traced
 
 
+class DeviceMemory(Protocol):
+    """Where payloads lie that are not in host memory."""
+
+    def buffer(self, num_bytes: int) -> "Tensor":
+        """[num_bytes] uint8, undefined, that whatever moves frames may write at once. For any
+        thread."""
+        ...
+
+
 class Staging(Protocol):
     """Where the producer puts frames together; its room is the consumer's credit, and what the
     producer may hold for all its consumers."""
+
+    device: DeviceMemory | None  # data frames are `DeviceFrame`s with payloads from there
 
     async def take(self, max_frames: int, frame_bytes: int = 0) -> int:
         """Wait until there is room for at least one more frame, and use it up for at most
@@ -83,7 +112,7 @@ class Attachment(Protocol):
     epoch: int
     num_ready_tokens: int
 
-    def frames(self, staging: Staging) -> AsyncGenerator[Buffers, None]:
+    def frames(self, staging: Staging) -> AsyncGenerator[Outgoing, None]:
         """Frames as their KV becomes ready, the end frame last; each is put together only after
         `staging.take` had room for it. A yielded frame is a copy and stays valid as long as
         somebody holds it. Raises BatonError when the lease is lost."""
@@ -123,7 +152,7 @@ class FrameSink(Protocol):
         """The producer accepted; frames of this epoch follow."""
         ...
 
-    async def frame(self, *frames: bytes | memoryview) -> bool:
+    async def frame(self, *frames: Incoming) -> bool:
         """Verify frames, in this order, and write their KV. True = the last was the end frame and
         everything is there. Their memory may be used for others afterwards.
 

@@ -16,7 +16,14 @@ import grpc
 from baton import wire
 from baton.errors import BatonError, Cause
 from baton.grants import HashChain
-from baton.kvtransfer.base import Buffers, FetchOpen, FrameSource
+from baton.kvtransfer.base import (
+    Buffers,
+    DeviceFrame,
+    DeviceMemory,
+    FetchOpen,
+    FrameSource,
+    Outgoing,
+)
 from baton.kvtransfer.fetch_wire import (
     FrameMessages,
     decode_reply,
@@ -45,12 +52,15 @@ _LINGER_S = 5.0  # for the last word of a fetch that is over
 class Lane(Protocol):
     """The producer's end of one fetch whose frames travel beside the call."""
 
+    device: DeviceMemory | None  # see `base.Staging`
+
     def buffer(self, num_bytes: int) -> memoryview:
         """See `base.Staging.buffer`."""
         ...
 
-    async def send(self, frame: Buffers) -> None:
-        """Hand one frame over; in order, each once."""
+    async def send(self, frame: Outgoing) -> None:
+        """Hand one frame over; in order, each once. `DeviceFrame`s only where there is a
+        `device`."""
         ...
 
     async def close(self, is_complete: bool) -> None:
@@ -248,6 +258,7 @@ class _CallConsumer:
     ) -> None:
         self.credits = credits
         self.done = asyncio.Event()
+        self.device = None if lane is None else lane.device
         self._context = context
         self._replies = replies
         self._lane = lane
@@ -265,11 +276,12 @@ class _CallConsumer:
     def buffer(self, num_bytes: int) -> memoryview:
         return (self._lane or self._messages).buffer(num_bytes)
 
-    async def send(self, frame: Buffers) -> None:
-        if self._lane is None:
-            await self._replies.write(self._messages.take(frame))
-        else:
+    async def send(self, frame: Outgoing) -> None:
+        if self._lane is not None:
             await self._lane.send(frame)
+        else:
+            assert not isinstance(frame, DeviceFrame), "there is no device"
+            await self._replies.write(self._messages.take(frame))
 
     async def listen(self) -> None:
         """Take what the consumer says, until it is done.

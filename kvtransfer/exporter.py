@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from baton.errors import BatonError, Cause
 from baton.grants import HashChain
-from baton.kvtransfer.base import Buffers, FetchOpen, Staging
+from baton.kvtransfer.base import FetchOpen, Outgoing, Staging
 from baton.kvtransfer.frames import HEADER_BYTES, FrameWriter, covered
 from baton.kvtransfer.progress import KVReady, ReadCursor
 from baton.kvtransfer.turns import Turns
@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # it needs torch; what is here does not
 
 FRAME_BYTES = 2 << 20
 DEVICE_FRAME_BYTES = 4 << 20  # waiting for a device costs as much as copying half a MiB
+BESIDE_FRAME_BYTES = 8 << 20  # or as moving ten within the device
 # Packed at a time: going to the transfer thread and back costs as much as 100 KiB, and what is
 # packed together leaves together.
 _MAX_FRAMES, _MAX_PACKED_BYTES = 4, 4 << 20
@@ -146,8 +147,7 @@ class Exporter:
     ) -> None:
         self._memory = memory
         self._gate = gate
-        default = DEVICE_FRAME_BYTES if memory.is_on_device else FRAME_BYTES
-        self._frame_bytes = frame_bytes or default
+        self._frame_bytes = frame_bytes
         self._turns = Turns()
 
     async def attach(self, fetch: FetchOpen) -> "ExportAttachment":
@@ -171,7 +171,7 @@ class ExportAttachment:
         gate: ExportGate,
         feed: ExportFeed,
         where: KVRange,
-        frame_bytes: int,
+        frame_bytes: int | None,
         turns: Turns,
         yields: bool,
     ) -> None:
@@ -188,15 +188,17 @@ class ExportAttachment:
         self.epoch = feed.epoch
         self.num_ready_tokens = feed.ready.num_tokens
 
-    async def frames(self, staging: Staging) -> AsyncGenerator[Buffers, None]:
-        cursor = ReadCursor(self._where)
+    async def frames(self, staging: Staging) -> AsyncGenerator[Outgoing, None]:
+        cursor, stays = ReadCursor(self._where), staging.device is not None
+        frame_bytes = self._frame_bytes or _frame_bytes(self._memory, stays)
+        packed_bytes = _MAX_FRAMES * frame_bytes if stays else _MAX_PACKED_BYTES
         while not cursor.is_complete:
-            parts = self._next_parts(await self._feed.next_span(cursor))
+            parts = self._next_parts(await self._feed.next_span(cursor), frame_bytes)
             while parts:
-                at_once = min(_MAX_FRAMES, _MAX_PACKED_BYTES // self._memory.num_bytes(parts[0]))
+                at_once = min(_MAX_FRAMES, packed_bytes // self._memory.num_bytes(parts[0]))
                 num_frames = max(1, min(len(parts), at_once))
-                frame_bytes = max(map(self._memory.num_bytes, parts[:num_frames])) + HEADER_BYTES
-                num_frames = await staging.take(num_frames, frame_bytes)
+                most_bytes = max(map(self._memory.num_bytes, parts[:num_frames])) + HEADER_BYTES
+                num_frames = await staging.take(num_frames, most_bytes)
                 now, parts = parts[:num_frames], parts[num_frames:]
                 for part, frame in zip(now, await self._read(now, staging), strict=True):
                     self._feed.raise_if_cut()
@@ -207,25 +209,32 @@ class ExportAttachment:
         await staging.take(1)
         yield self._writer.end(self._where, payload)
 
-    def _next_parts(self, span: KVRange) -> list[KVRange]:
+    def _next_parts(self, span: KVRange, frame_bytes: int) -> list[KVRange]:
         """Of some whole runs of tokens out of `span`, as many as are packed at a time or a run
         more."""
         parts: list[KVRange] = []
         block_size = self._memory.layout.block_size
         while span.num_tokens and len(parts) < _MAX_FRAMES:
             num_bytes = self._memory.num_bytes(span)
-            parts += next_parts(span, block_size, num_bytes, self._frame_bytes)
+            parts += next_parts(span, block_size, num_bytes, frame_bytes)
             span = replace(span, token_start=parts[-1].token_stop)
         return parts
 
-    async def _read(self, parts: Sequence[KVRange], staging: Staging) -> list[Buffers]:
+    async def _read(self, parts: Sequence[KVRange], staging: Staging) -> list[Outgoing]:
         """Data frames. Under the lock, so that `close` can wait for it."""
         async with self._reading, self._turns.take(self._yields):
             self._feed.raise_if_cut()
             return await self._memory.run(self._pack, parts, staging)
 
-    def _pack(self, parts: Sequence[KVRange], staging: Staging) -> list[Buffers]:
+    def _pack(self, parts: Sequence[KVRange], staging: Staging) -> list[Outgoing]:
         memory, block_ids = self._memory, self._feed.block_ids
+        if staging.device is not None:
+            assert memory.device is not None, "such a lane is offered for a pool on a device alone"
+            packed = memory.device.pack_here(block_ids, parts, staging.device.buffer)
+            return [
+                self._writer.beside(part, payload, digest)
+                for part, (payload, digest) in zip(parts, packed, strict=True)
+            ]
         return [
             self._writer.data(part, memory.pack(block_ids, part, HEADER_BYTES, staging.buffer))
             for part in parts
@@ -243,6 +252,12 @@ class ExportAttachment:
             if not self._is_closed:
                 self._is_closed = True
                 self._gate.closed(self.epoch)
+
+
+def _frame_bytes(memory: "KVMemory", stays_on_device: bool) -> int:
+    if stays_on_device:
+        return BESIDE_FRAME_BYTES
+    return FRAME_BYTES if memory.device is None else DEVICE_FRAME_BYTES
 
 
 def next_parts(span: KVRange, block_size: int, num_bytes: int, frame_bytes: int) -> list[KVRange]:

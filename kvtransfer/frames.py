@@ -5,7 +5,7 @@ A frame is a 64-byte header followed by its payload. All integers are little-end
     offset  size  field
     0       4     magic: "BKV" and the format version, 1
     4       1     kind: 1 = data, 2 = end
-    5       1     zero
+    5       1     payload: 0 = behind the header, 1 = beside it, in device memory
     6       2     header_bytes: 64
     8       4     payload_bytes
     12      4     seq: 0 for an attachment's first frame, then counting up by one
@@ -14,7 +14,8 @@ A frame is a 64-byte header followed by its payload. All integers are little-end
     32      4, 4  token_start, token_stop
     40      4, 4  head_start, head_stop (0, 0 = all KV heads)
     48      8     zero
-    56      8     checksum: XXH3-64 (seed 0) of header bytes 0..56 followed by the payload
+    56      8     checksum: XXH3-64 (seed 0) of header bytes 0..56 followed by the payload, or by
+                  the 8 bytes of its digest (`baton.kernels.payload_digest`) if it is beside
 
 A *data* frame carries the KV of its ranges in the order layer → token → (K, V) → head → dim, in the
 layout's dtype, values after RoPE. Ranges are half-open and never empty. Within a layer an
@@ -40,19 +41,25 @@ the payload, and those only after the bounds above.
 import struct
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from baton.errors import BatonError, Cause
-from baton.kvtransfer.base import Buffers
+from baton.kvtransfer.base import Buffers, DeviceFrame, Incoming
 from baton.types import KVRange
+
+if TYPE_CHECKING:  # what is here needs no torch
+    from torch import Tensor
 
 HEADER_BYTES = 64
 MAX_FRAME_BYTES = 16 << 20  # header and payload; a peer that announces more is refused
 
 _MAGIC = b"BKV\x01"
 _FIELDS = struct.Struct("<4sBBHIIQ6IQ")  # everything before the checksum
-_KIND_OFFSET = 4
+_KIND_OFFSET, _PLACE_OFFSET = 4, 5
+_BEHIND, _BESIDE = 0, 1
+_DIGEST = struct.Struct("<Q")
 _CHECKSUM = struct.Struct("<Q")
 _CHECKSUM_OFFSET = _FIELDS.size
 _SMALL_BYTES = 16 << 10  # verified in a few microseconds
@@ -67,45 +74,75 @@ class FrameKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A verified frame. `payload` is a view into the received bytes."""
+    """A verified frame. `payload` is a view into the received bytes, or what lay beside them."""
 
     kind: FrameKind
     epoch: int
     seq: int
     range: KVRange
-    payload: memoryview
+    payload: "memoryview | Tensor"
 
 
 def encode(kind: FrameKind, epoch: int, seq: int, where: KVRange, payload: memoryview) -> Buffers:
     """The frame as (header, payload); the payload is not copied."""
     header = bytearray(HEADER_BYTES)
-    _write_header(header, kind, epoch, seq, where, payload)
+    _write_header(header, kind, _BEHIND, epoch, seq, where, len(payload), payload)
     return (header, payload)
 
 
 def seal(frame: memoryview, kind: FrameKind, epoch: int, seq: int, where: KVRange) -> Buffers:
     """The frame in one piece: its header is written in front of the payload, which begins at
     HEADER_BYTES of `frame` already."""
-    _write_header(frame, kind, epoch, seq, where, frame[HEADER_BYTES:])
+    payload = frame[HEADER_BYTES:]
+    _write_header(frame, kind, _BEHIND, epoch, seq, where, len(payload), payload)
     return (frame,)
+
+
+def encode_beside(
+    epoch: int, seq: int, where: KVRange, payload: "Tensor", digest: int
+) -> DeviceFrame:
+    """A data frame.
+
+    Args:
+        payload: [num_bytes] uint8, in device memory.
+        digest: of `payload`.
+    """
+    header, digested = bytearray(HEADER_BYTES), memoryview(_DIGEST.pack(digest))
+    _write_header(header, FrameKind.DATA, _BESIDE, epoch, seq, where, len(payload), digested)
+    return DeviceFrame(memoryview(header), payload)
+
+
+def unsealed(payload: "Tensor") -> DeviceFrame:
+    """A frame that says where its payload is and nothing else: for whoever counts bytes."""
+    header = bytearray(HEADER_BYTES)
+    header[_PLACE_OFFSET] = _BESIDE
+    return DeviceFrame(memoryview(header), payload)
+
+
+def is_payload_beside(data: memoryview) -> bool:
+    """Does it say of itself, unverified, that it is a header whose payload comes beside it?"""
+    return len(data) == HEADER_BYTES and data[_PLACE_OFFSET] == _BESIDE
 
 
 def _write_header(
     out: bytearray | memoryview,
     kind: FrameKind,
+    place: int,
     epoch: int,
     seq: int,
     where: KVRange,
-    payload: memoryview,
+    payload_bytes: int,
+    checked: memoryview,
 ) -> None:
+    """`checked`: what the checksum covers behind the header's fields."""
     _FIELDS.pack_into(
         out,
         0,
         _MAGIC,
         kind,
-        0,
+        place,
         HEADER_BYTES,
-        len(payload),
+        payload_bytes,
         seq,
         epoch,
         where.layer_start,
@@ -116,7 +153,7 @@ def _write_header(
         where.head_stop,
         0,
     )
-    checksum = _checksum(memoryview(out)[:_CHECKSUM_OFFSET], payload)
+    checksum = _checksum(memoryview(out)[:_CHECKSUM_OFFSET], checked)
     _CHECKSUM.pack_into(out, _CHECKSUM_OFFSET, checksum)
 
 
@@ -127,26 +164,49 @@ def decode(data: bytes | memoryview, max_frame_bytes: int = MAX_FRAME_BYTES) -> 
         BatonError: FRAME_TRUNCATED, FRAME_CORRUPT.
     """
     view = memoryview(data)
-    if len(view) < HEADER_BYTES:
-        raise BatonError(Cause.FRAME_TRUNCATED, f"{len(view)} bytes are less than a header")
-    fields = view[:_CHECKSUM_OFFSET]
-    magic, kind, zero, header_bytes, payload_bytes, seq, epoch, *ranges, reserved = _FIELDS.unpack(
-        fields
+    payload = view[HEADER_BYTES:]
+    return _decode(view[:HEADER_BYTES], _BEHIND, payload, payload, max_frame_bytes)
+
+
+def decode_beside(frame: DeviceFrame, digest: int, max_frame_bytes: int = MAX_FRAME_BYTES) -> Frame:
+    """Verify a frame whose payload has this digest.
+
+    Raises:
+        BatonError: FRAME_TRUNCATED, FRAME_CORRUPT.
+    """
+    digested = memoryview(_DIGEST.pack(digest))
+    decoded = _decode(memoryview(frame.header), _BESIDE, frame.payload, digested, max_frame_bytes)
+    if decoded.kind is not FrameKind.DATA:
+        raise BatonError(Cause.FRAME_CORRUPT, "an end beside its header")
+    return decoded
+
+
+def _decode(
+    header: memoryview,
+    place: int,
+    payload: "memoryview | Tensor",
+    checked: memoryview,
+    max_frame_bytes: int,
+) -> Frame:
+    if len(header) < HEADER_BYTES:
+        raise BatonError(Cause.FRAME_TRUNCATED, f"{len(header)} bytes are less than a header")
+    fields = header[:_CHECKSUM_OFFSET]
+    magic, kind, says_place, header_bytes, payload_bytes, seq, epoch, *ranges, reserved = (
+        _FIELDS.unpack(fields)
     )
-    if magic != _MAGIC or header_bytes != HEADER_BYTES or zero or reserved:
+    if magic != _MAGIC or header_bytes != HEADER_BYTES or says_place != place or reserved:
         raise BatonError(Cause.FRAME_CORRUPT, "not a frame of this version")
     num_bytes = HEADER_BYTES + payload_bytes
     if num_bytes > max_frame_bytes:
         raise BatonError(
             Cause.FRAME_CORRUPT, f"frame of {num_bytes} bytes exceeds {max_frame_bytes}"
         )
-    if len(view) < num_bytes:
-        raise BatonError(Cause.FRAME_TRUNCATED, f"{len(view)} of {num_bytes} bytes")
-    if len(view) > num_bytes:
-        raise BatonError(Cause.FRAME_CORRUPT, f"{len(view) - num_bytes} bytes too many")
-    payload = view[HEADER_BYTES:]
-    (expected,) = _CHECKSUM.unpack_from(view, _CHECKSUM_OFFSET)
-    if _checksum(fields, payload) != expected:
+    if len(payload) < payload_bytes:
+        raise BatonError(Cause.FRAME_TRUNCATED, f"{len(payload)} of {payload_bytes} bytes")
+    if len(payload) > payload_bytes:
+        raise BatonError(Cause.FRAME_CORRUPT, f"{len(payload) - payload_bytes} bytes too many")
+    (expected,) = _CHECKSUM.unpack_from(header, _CHECKSUM_OFFSET)
+    if _checksum(fields, checked) != expected:
         raise BatonError(Cause.FRAME_CORRUPT, "checksum differs")
     where = KVRange(*ranges)
     if kind not in (FrameKind.DATA, FrameKind.END) or not _is_sane(where, kind):
@@ -154,8 +214,10 @@ def decode(data: bytes | memoryview, max_frame_bytes: int = MAX_FRAME_BYTES) -> 
     return Frame(FrameKind(kind), epoch, seq, where, payload)
 
 
-def is_small_end(data: bytes | memoryview) -> bool:
+def is_small_end(data: Incoming) -> bool:
     """Does it say of itself, unverified, that it is an end frame, and takes no time to verify?"""
+    if isinstance(data, DeviceFrame):
+        return False
     return HEADER_BYTES <= len(data) <= _SMALL_BYTES and data[_KIND_OFFSET] == FrameKind.END
 
 
@@ -176,6 +238,10 @@ class FrameWriter:
         """`frame` holds the payload from HEADER_BYTES on; the header is written into it."""
         return seal(frame, FrameKind.DATA, self._epoch, self._next_seq(), where)
 
+    def beside(self, where: KVRange, payload: "Tensor", digest: int) -> DeviceFrame:
+        """See `encode_beside`."""
+        return encode_beside(self._epoch, self._next_seq(), where, payload, digest)
+
     def end(self, where: KVRange, payload: bytes) -> Buffers:
         return encode(FrameKind.END, self._epoch, self._next_seq(), where, memoryview(payload))
 
@@ -192,12 +258,18 @@ class FrameReader:
         self._max_frame_bytes = max_frame_bytes
         self._seq = 0
 
-    def accept(self, data: bytes | memoryview) -> Frame:
+    def accept(self, data: Incoming, digest: int = 0) -> Frame:
         """
+        Args:
+            digest: of the payload, if it is beside.
+
         Raises:
             BatonError: FRAME_TRUNCATED, FRAME_CORRUPT, EPOCH_MISMATCH, FRAME_ORDER.
         """
-        frame = decode(data, self._max_frame_bytes)
+        if isinstance(data, DeviceFrame):
+            frame = decode_beside(data, digest, self._max_frame_bytes)
+        else:
+            frame = decode(data, self._max_frame_bytes)
         if frame.epoch != self._epoch:
             raise BatonError(
                 Cause.EPOCH_MISMATCH, f"frame of epoch {frame.epoch}, expected {self._epoch}"

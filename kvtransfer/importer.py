@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from baton.errors import BatonError, Cause
+from baton.kvtransfer.base import DeviceFrame, Incoming
 from baton.kvtransfer.frames import Frame, FrameKind, FrameReader, covered, is_small_end
 from baton.types import BlockId, KVRange
 
@@ -79,7 +80,7 @@ class Importer:
         self._num_ready_tokens = min(num_ready_tokens, self._where.token_stop)
         self._started_s = self._clock()
 
-    async def frame(self, *frames: bytes | memoryview) -> bool:
+    async def frame(self, *frames: Incoming) -> bool:
         if self._reader is None:
             raise BatonError(Cause.FRAME_ORDER, "a frame before opening")
         if len(frames) == 1 and is_small_end(frames[0]):
@@ -92,15 +93,26 @@ class Importer:
             self.ready_ms = (self._clock() - self._started_s) * 1e3
         return self.is_complete
 
-    def _apply_all(self, reader: FrameReader, frames: Sequence[bytes | memoryview]) -> None:
+    def _apply_all(self, reader: FrameReader, frames: Sequence[Incoming]) -> None:
         """While nobody else changes this importer."""
-        for data in frames:
+        for data, digest in zip(frames, self._digests(frames), strict=True):
             if self.is_complete:
                 raise BatonError(Cause.FRAME_ORDER, "a frame after the end frame")
-            self._apply(reader.accept(data))
+            self._apply(reader.accept(data, digest))
             self.num_bytes += len(data)
 
-    def _import(self, reader: FrameReader, frames: Sequence[bytes | memoryview]) -> None:
+    def _digests(self, frames: Sequence[Incoming]) -> list[int]:
+        """Of the payloads that are on the device, together; 0 for the others."""
+        beside = [frame.payload for frame in frames if isinstance(frame, DeviceFrame)]
+        if not beside:
+            return [0] * len(frames)
+        if any(len(payload) % 4 for payload in beside):
+            raise BatonError(Cause.FRAME_CORRUPT, "a payload that is no whole number of words")
+        assert self._memory.device is not None, "who has no device asks for no such frames"
+        digests = iter(self._memory.device.digests(beside))
+        return [next(digests) if isinstance(frame, DeviceFrame) else 0 for frame in frames]
+
+    def _import(self, reader: FrameReader, frames: Sequence[Incoming]) -> None:
         """On the transfer thread. What frames before a bad one brought is in the blocks too."""
         try:
             self._apply_all(reader, frames)
@@ -111,6 +123,7 @@ class Importer:
         """Nothing is written before everything about the frame is known to be right."""
         if frame.kind is FrameKind.END:
             self._check_end(frame)
+            assert isinstance(frame.payload, memoryview), "only data is beside its header"
             self.end_payload = bytes(frame.payload)
             return
         self._check_data(frame)

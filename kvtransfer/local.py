@@ -5,7 +5,14 @@ import asyncio
 import time
 
 from baton.errors import BatonError, Cause
-from baton.kvtransfer.base import Buffers, FetchOpen, FrameSink, FrameSource
+from baton.kvtransfer.base import (
+    DeviceFrame,
+    DeviceMemory,
+    FetchOpen,
+    FrameSink,
+    FrameSource,
+    Outgoing,
+)
 from baton.kvtransfer.memory import heap_buffer
 from baton.kvtransfer.pump import (
     Arrivals,
@@ -106,6 +113,8 @@ class LocalTransport:
 class _Link:
     """Between the two halves of one fetch."""
 
+    device: DeviceMemory | None = None
+
     def __init__(self, initial_credit: int) -> None:
         self.credits = Credits(initial_credit)
         self.done = asyncio.Event()
@@ -119,7 +128,8 @@ class _Link:
     def buffer(self, num_bytes: int) -> memoryview:
         return heap_buffer(num_bytes)
 
-    async def send(self, frame: Buffers) -> None:
+    async def send(self, frame: Outgoing) -> None:
+        assert not isinstance(frame, DeviceFrame), "there is no device"
         self._arrivals.put(memoryview(frame[0]) if len(frame) == 1 else b"".join(frame))
 
     def fail(self, error: BatonError) -> None:

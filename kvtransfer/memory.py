@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from baton.kernels import kv_pack
-from baton.kvtransfer.cuda_staging import CudaStaging
+from baton.kvtransfer.device_staging import DeviceStaging
 from baton.types import KVLayout, KVRange
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
@@ -47,21 +47,23 @@ class KVMemory:
     same frame: checksum, header) through `run`, which keeps them off the event loop and serial.
     """
 
-    def __init__(self, kv_cache: Tensor, layout: KVLayout) -> None:
+    def __init__(
+        self, kv_cache: Tensor, layout: KVLayout, device: DeviceStaging | None = None
+    ) -> None:
         """
         Args:
             kv_cache: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim], contiguous.
             layout: of `kv_cache`; one group.
+            device: of `kv_cache`; made for one in CUDA memory.
         """
         (group,) = layout.groups
         shape = (group.num_layers, 2, kv_cache.shape[2], layout.block_size)
         if tuple(kv_cache.shape[:4]) != shape or kv_cache.shape[5] != group.head_dim:
             raise ValueError(f"cache {tuple(kv_cache.shape)} is not of {layout}")
         self.layout = layout
-        self.is_on_device = kv_cache.is_cuda
         self._kv_cache = kv_cache
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="kv-transfer")
-        self._staging = CudaStaging(kv_cache) if kv_cache.is_cuda else None
+        self.device = DeviceStaging(kv_cache) if kv_cache.is_cuda else device
 
     def has(self, where: KVRange) -> bool:
         """Does the pool have these layers and heads?"""
@@ -85,25 +87,27 @@ class KVMemory:
         """The payload of `where` behind `headroom_bytes` that are left to the caller, in what
         `buffer` returns for that many bytes."""
         out = buffer(headroom_bytes + self.num_bytes(where))
-        if self._staging is not None:
-            self._staging.pack(block_ids, where, out[headroom_bytes:])
+        if self.device is not None:
+            self.device.pack(block_ids, where, out[headroom_bytes:])
         else:
             kv_pack.pack_kv(self._kv_cache, block_ids, where, out[headroom_bytes:])
         return out
 
-    def unpack(self, block_ids: Sequence[int], where: KVRange, payload: memoryview) -> None:
-        """Write a payload into the slots of `where`. It was read on return; it is all there when
-        `settle` has returned."""
-        if self._staging is not None:
-            self._staging.unpack(block_ids, where, payload)
+    def unpack(
+        self, block_ids: Sequence[int], where: KVRange, payload: memoryview | Tensor
+    ) -> None:
+        """Write a payload into the slots of `where`. One in host memory was read on return; it is
+        all there when `settle` has returned."""
+        if self.device is not None:
+            self.device.unpack(block_ids, where, payload)
         else:
             kv_pack.unpack_kv(self._kv_cache, block_ids, where, payload)
 
     def settle(self) -> None:
         """Wait until everything that was unpacked is in the pool: once for several payloads,
         because waiting for a device costs as much as copying 100 KiB."""
-        if self._staging is not None:
-            self._staging.settle()
+        if self.device is not None:
+            self.device.settle()
 
     async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call `function` on the transfer thread.

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Collection, Sequence
 
 from baton.errors import BatonError, Cause
-from baton.kvtransfer.base import Transport
+from baton.kvtransfer.base import DeviceMemory, Transport
 from baton.kvtransfer.calls import FetchCalls
 from baton.kvtransfer.grpc_stream import GrpcTransport
 from baton.kvtransfer.shm import ShmTransport
@@ -13,13 +13,16 @@ from baton.types import TransportAddress
 
 logger = logging.getLogger(__name__)
 
-NAMES = ("shm", "ucx", "grpc")
+NAMES = ("cuda", "shm", "ucx", "grpc")
 
 
-def make_transports(names: Sequence[str], calls: FetchCalls, address: str) -> tuple[Transport, ...]:
+def make_transports(
+    names: Sequence[str], calls: FetchCalls, address: str, device: DeviceMemory | None = None
+) -> tuple[Transport, ...]:
     """The transports in `names` that this machine can run, in that order; the others are logged.
 
     Args:
+        device: of the KV pool, if it is not in host memory.
         address: host:port at which others reach the gRPC server behind `calls`.
 
     Raises:
@@ -28,17 +31,23 @@ def make_transports(names: Sequence[str], calls: FetchCalls, address: str) -> tu
     unknown = [name for name in names if name not in NAMES]
     if unknown:
         raise ValueError(f"unknown transport {unknown[0]!r}; there are {', '.join(NAMES)}")
-    made = tuple(t for name in names if (t := _make(name, calls, address)) is not None)
+    made = tuple(t for name in names if (t := _make(name, calls, address, device)) is not None)
     if not made:
         raise ValueError(f"none of the transports {', '.join(names) or '(none)'} can be used")
     logger.info("KV transports: %s", ", ".join(transport.name for transport in made))
     return made
 
 
-def _make(name: str, calls: FetchCalls, address: str) -> Transport | None:
+def _make(
+    name: str, calls: FetchCalls, address: str, device: DeviceMemory | None
+) -> Transport | None:
     if name == "grpc":
         return GrpcTransport(calls, address)
-    return _make_shm(calls, address) if name == "shm" else _make_ucx(calls, address)
+    if name == "shm":
+        return _make_shm(calls, address)
+    if name == "ucx":
+        return _make_ucx(calls, address)
+    return None if device is None else _make_ucx(calls, address, device)
 
 
 def _make_shm(calls: FetchCalls, address: str) -> Transport | None:
@@ -49,11 +58,13 @@ def _make_shm(calls: FetchCalls, address: str) -> Transport | None:
     return None
 
 
-def _make_ucx(calls: FetchCalls, address: str) -> Transport | None:
+def _make_ucx(
+    calls: FetchCalls, address: str, device: DeviceMemory | None = None
+) -> Transport | None:
     try:
         from baton.kvtransfer.ucx import UcxTransport
 
-        return UcxTransport(calls, address)
+        return UcxTransport(calls, address, device)
     except ImportError:
         logger.info("no UCX here: the ucx extra is not installed")
     except OSError as error:

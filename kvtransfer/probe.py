@@ -11,13 +11,16 @@ from collections.abc import AsyncGenerator
 from baton.errors import BatonError, Cause
 from baton.kvtransfer.base import (
     Attachment,
-    Buffers,
+    DeviceFrame,
     FetchOpen,
     FrameSource,
+    Incoming,
+    Outgoing,
     Probe,
     Staging,
     Transport,
 )
+from baton.kvtransfer.frames import unsealed
 from baton.types import KVLayout, KVRange, TransferStats, TransportAddress
 
 _MAX_BYTES = 16 << 20
@@ -64,12 +67,16 @@ class _ProbeAttachment:
         self._num_bytes = num_bytes
         self._is_closed = False
 
-    async def frames(self, staging: Staging) -> AsyncGenerator[Buffers, None]:
+    async def frames(self, staging: Staging) -> AsyncGenerator[Outgoing, None]:
         # Not in one piece: of a slow link, what came in time tells how slow it is.
         frame_bytes = min(len(_FRAME), -(-self._num_bytes // 8))
         for start in range(0, self._num_bytes, frame_bytes):
             await staging.take(1)
-            yield (memoryview(_FRAME)[: min(frame_bytes, self._num_bytes - start)],)
+            num_bytes = min(frame_bytes, self._num_bytes - start)
+            if staging.device is None:
+                yield (memoryview(_FRAME)[:num_bytes],)
+            else:
+                yield unsealed(staging.device.buffer(num_bytes))
 
     async def failed(self) -> BatonError:
         await asyncio.sleep(_MAX_S)
@@ -95,9 +102,10 @@ class _Counter:
     def opened(self, epoch: int, num_ready_tokens: int) -> None:
         pass
 
-    async def frame(self, *frames: bytes | memoryview) -> bool:
+    async def frame(self, *frames: Incoming) -> bool:
         self.num_frames += len(frames)
-        self.num_bytes += sum(map(len, frames))
+        for frame in frames:
+            self.num_bytes += len(frame.payload if isinstance(frame, DeviceFrame) else frame)
         return self.num_bytes >= self._num_wanted
 
     def patience_s(self) -> float | None:

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from baton.errors import BatonError, Cause
-from baton.kvtransfer.base import Buffers, FetchOpen, FrameSink, FrameSource
+from baton.kvtransfer.base import (
+    DeviceMemory,
+    FetchOpen,
+    FrameSink,
+    FrameSource,
+    Incoming,
+    Outgoing,
+)
 from baton.kvtransfer.staging import StagingBudget
 
 logger = logging.getLogger(__name__)
@@ -84,6 +91,7 @@ class Consumer(Protocol):
 
     credits: Credits
     done: asyncio.Event  # it has verified everything
+    device: DeviceMemory | None  # see `Staging.device`
 
     async def opened(self, epoch: int, num_ready_tokens: int) -> None: ...
 
@@ -91,14 +99,15 @@ class Consumer(Protocol):
         """See `Staging.buffer`."""
         ...
 
-    async def send(self, frame: Buffers) -> None: ...
+    async def send(self, frame: Outgoing) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
 class _Staging:
     """A `Staging` bounded by the consumer's credit and the producer's budget."""
 
-    _consumer: Consumer
+    def __init__(self, consumer: Consumer) -> None:
+        self.device = consumer.device
+        self._consumer = consumer
 
     async def take(self, max_frames: int, frame_bytes: int = 0) -> int:
         return await self._consumer.credits.take(max_frames, frame_bytes)
@@ -222,7 +231,7 @@ class Arrivals(Generic[T]):
 
 
 async def take_frames(
-    take: Callable[[int], Awaitable[Sequence[bytes | memoryview]]],
+    take: Callable[[int], Awaitable[Sequence[Incoming]]],
     sink: FrameSink,
     initial_credit: int,
     give_credit: Callable[[int], Coroutine[Any, Any, None]],
@@ -261,8 +270,8 @@ async def take_frames(
 
 
 async def _next_frames(
-    frames: Awaitable[Sequence[bytes | memoryview]], patience_s: float | None
-) -> Sequence[bytes | memoryview]:
+    frames: Awaitable[Sequence[Incoming]], patience_s: float | None
+) -> Sequence[Incoming]:
     try:
         async with asyncio.timeout(patience_s):
             return await frames

@@ -6,7 +6,7 @@ import logging
 import socket
 
 from baton.errors import BatonError, Cause
-from baton.kvtransfer.base import Buffers
+from baton.kvtransfer.base import DeviceFrame, DeviceMemory, Outgoing
 from baton.kvtransfer.shm_ring import Ring, RingWriter
 from baton.kvtransfer.shm_socket import POSTED, TOKEN_BYTES, is_same_user, listen, remove
 
@@ -170,13 +170,15 @@ class ShmLane:
     """The producer's end of one fetch; a `calls.Lane`."""
 
     def __init__(self, outlet: Outlet, num_slots: int) -> None:
+        self.device: DeviceMemory | None = None
         self._outlet = outlet
         self._writer = outlet.writer(num_slots)
 
     def buffer(self, num_bytes: int) -> memoryview:
         return self._writer.buffer(num_bytes)
 
-    async def send(self, frame: Buffers) -> None:
+    async def send(self, frame: Outgoing) -> None:
+        assert not isinstance(frame, DeviceFrame), "there is no device"
         self._outlet.post(*self._writer.put(frame))
 
     async def close(self, is_complete: bool) -> None:

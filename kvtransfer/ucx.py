@@ -1,4 +1,4 @@
-"""The transport over UCX: frames as tagged messages beside the `KV.Fetch` call.
+"""The transports over UCX: frames as tagged messages beside the `KV.Fetch` call.
 
 The consumer names its UCX worker's address and a random tag when it opens the fetch (its *lane*);
 the producer sends the frames there. Both travel in the authenticated call, so whoever does not hold
@@ -6,6 +6,10 @@ the cluster token can name no lane, and guesses no tag.
 
     lane    "BLU1", tag (u64), largest frame in bytes (u32), address of the consumer's UCX worker,
             all little-endian, then XXH3-64 of everything before
+
+Between pools in CUDA memory on one host (`cuda`), payloads never leave it: a data frame is a
+message with its header, to the tag, and one with its payload out of device memory, to the tag with
+its lowest bit inverted, which UCX moves from device to device (CUDA IPC).
 
 Needs the `ucx` extra; `baton.kvtransfer.negotiate` knows whether it is there.
 """
@@ -19,12 +23,20 @@ from collections import deque
 import xxhash
 
 from baton.errors import BatonError, Cause
-from baton.kvtransfer.base import Buffers, FetchOpen, FrameSink, FrameSource
+from baton.kvtransfer.base import (
+    DeviceFrame,
+    DeviceMemory,
+    FetchOpen,
+    FrameSink,
+    FrameSource,
+    Incoming,
+    Outgoing,
+)
 from baton.kvtransfer.calls import FetchCall, FetchCalls
-from baton.kvtransfer.frames import MAX_FRAME_BYTES
+from baton.kvtransfer.frames import MAX_FRAME_BYTES, is_payload_beside
 from baton.kvtransfer.memory import heap_buffer
 from baton.kvtransfer.pump import FetchScope, answer_in_time, settle, take_frames
-from baton.kvtransfer.ucx_messages import Inbox
+from baton.kvtransfer.shm_socket import boot_id
 from baton.kvtransfer.ucx_worker import Endpoint, UcxWorker, settings_for
 from baton.rpc import is_loopback
 from baton.types import TransferStats, TransportAddress
@@ -39,27 +51,33 @@ _FLUSH_S = 1.0  # for what is still on its way when a fetch is over
 class UcxTransport:
     """A `Transport` whose frames are messages of one UCX worker per process."""
 
-    name = "ucx"
-
-    def __init__(self, calls: FetchCalls, address: str) -> None:
+    def __init__(self, calls: FetchCalls, address: str, device: DeviceMemory | None = None) -> None:
         """
         Args:
             calls: carries opening, credit, failure and cancellation.
             address: host:port at which others reach the server behind `calls`. On a loopback
                 address UCX listens on the loopback device alone.
+            device: where payloads stay; None = they are in host memory.
         """
+        self.name = "ucx" if device is None else "cuda"
         self._calls = calls
         self._address = address
+        self._device = device
         self._scope = FetchScope()
-        self._worker = UcxWorker(settings_for(is_loopback(address.rpartition(":")[0])))
+        if device is not None:
+            device.buffer(1)  # UCX looks for the CUDA context of the thread
+        is_local = is_loopback(address.rpartition(":")[0])
+        self._worker = UcxWorker(settings_for(is_local, on_device=device is not None))
         self._idle: deque[tuple[bytes, Endpoint]] = deque()  # used last at the right
 
     async def start(self, source: FrameSource) -> TransportAddress:
         self._calls.offer(self.name, source, self._scope, self._open_lane)
-        return TransportAddress(self.name, self._address)
+        where = self._address if self._device is None else f"{self._address}/{boot_id()}"
+        return TransportAddress(self.name, where)
 
     def reaches(self, peer: TransportAddress) -> bool:
-        return True
+        """Device to device within a host alone: beyond, UCX would need hardware that few have."""
+        return self._device is None or peer.address.partition("/")[2] == boot_id()
 
     async def fetch(
         self, peer: TransportAddress, fetch: FetchOpen, sink: FrameSink
@@ -71,25 +89,25 @@ class UcxTransport:
     ) -> TransferStats:
         started_s = time.monotonic()
         tag = secrets.randbits(64)
-        inbox = self._worker.open_inbox(tag, MAX_FRAME_BYTES, fetch.initial_credit)
+        mailbox = _Mailbox(self._worker, tag, fetch.initial_credit, self._device)
         lane = lane_to_bytes(tag, MAX_FRAME_BYTES, self._worker.address)
-        call = self._calls.call(peer.address, self.name, fetch, lane)
+        call = self._calls.call(peer.address.partition("/")[0], self.name, fetch, lane)
         watching: list[asyncio.Task[None]] = []
 
         async def give(num_frames: int) -> None:
-            inbox.allow(num_frames)
+            mailbox.allow(num_frames)
             await call.give(num_frames)
 
         failure: BaseException | None = None
         try:
             sink.opened(*await answer_in_time(call.answer()))
-            watching.append(asyncio.create_task(_watch(call, inbox)))
-            received = await take_frames(inbox.take, sink, fetch.initial_credit, give)
+            watching.append(asyncio.create_task(_watch(call, mailbox)))
+            received = await take_frames(mailbox.take, sink, fetch.initial_credit, give)
         except BaseException as error:
             failure = error
             raise
         finally:
-            self._worker.close_inbox(tag, is_drained=failure is None)
+            mailbox.close(is_drained=failure is None)
             try:
                 if failure is not None:
                     await call.cancel(failure)
@@ -108,7 +126,8 @@ class UcxTransport:
 
     async def _open_lane(self, lane: bytes) -> "_Lane":
         tag, max_frame_bytes, address = lane_from_bytes(lane)
-        return _Lane(self, address, self._endpoint(address), tag, max_frame_bytes)
+        endpoint = self._endpoint(address)
+        return _Lane(self, address, endpoint, tag, max_frame_bytes, self._device)
 
     def _endpoint(self, address: bytes) -> Endpoint:
         """An endpoint that nobody else uses: a fetch that is given up may have to close it."""
@@ -154,7 +173,9 @@ class _Lane:
         endpoint: Endpoint,
         tag: int,
         max_frame_bytes: int,
+        device: DeviceMemory | None,
     ) -> None:
+        self.device = device
         self._transport = transport
         self._address = address
         self._endpoint = endpoint
@@ -164,19 +185,73 @@ class _Lane:
     def buffer(self, num_bytes: int) -> memoryview:
         return heap_buffer(num_bytes)
 
-    async def send(self, frame: Buffers) -> None:
-        message = memoryview(frame[0] if len(frame) == 1 else b"".join(frame))
-        if len(message) > self._max_frame_bytes:
-            raise BatonError(Cause.UNSUPPORTED, f"the consumer takes no {len(message)} bytes")
-        self._endpoint.send(message, self._tag)
+    async def send(self, frame: Outgoing) -> None:
+        if isinstance(frame, DeviceFrame):
+            self._check(len(frame))
+            self._endpoint.send(memoryview(frame.header), self._tag)
+            self._endpoint.send(frame.payload, self._tag ^ 1)
+        else:
+            message = memoryview(frame[0] if len(frame) == 1 else b"".join(frame))
+            self._check(len(message))
+            self._endpoint.send(message, self._tag)
+
+    def _check(self, num_bytes: int) -> None:
+        if num_bytes > self._max_frame_bytes:
+            raise BatonError(Cause.UNSUPPORTED, f"the consumer takes no {num_bytes} bytes")
 
     async def close(self, is_complete: bool) -> None:
         await self._transport.give_back(self._address, self._endpoint, is_complete)
 
 
-async def _watch(call: FetchCall, inbox: Inbox) -> None:
+class _Mailbox:
+    """The consumer's end of one fetch: whole frames, and headers with payloads beside them."""
+
+    def __init__(
+        self, worker: UcxWorker, tag: int, num_allowed: int, device: DeviceMemory | None
+    ) -> None:
+        self._worker = worker
+        self._tag = tag
+        self._inbox = worker.open_inbox(tag, MAX_FRAME_BYTES, num_allowed, heap_buffer)
+        self._payloads = None
+        if device is not None:
+            self._payloads = worker.open_inbox(tag ^ 1, MAX_FRAME_BYTES, num_allowed, device.buffer)
+
+    def allow(self, num_frames: int) -> None:
+        self._inbox.allow(num_frames)
+        if self._payloads is not None:
+            self._payloads.allow(num_frames)
+
+    def fail(self, error: BatonError) -> None:
+        """Raised to whoever reads, after what has arrived."""
+        self._inbox.fail(error)
+        if self._payloads is not None:
+            self._payloads.fail(error)
+
+    async def take(self, max_frames: int) -> list[Incoming]:
+        """The next ones, at least one.
+
+        Raises:
+            BatonError: see `fail`.
+        """
+        frames: list[Incoming] = []
+        for message in await self._inbox.take(max_frames):
+            if self._payloads is not None and is_payload_beside(message):
+                (payload,) = await self._payloads.take(1)
+                frames.append(DeviceFrame(message, payload))
+            else:
+                frames.append(message)
+        return frames
+
+    def close(self, is_drained: bool) -> None:
+        """See `UcxWorker.close_inbox`."""
+        self._worker.close_inbox(self._tag, is_drained)
+        if self._payloads is not None:
+            self._worker.close_inbox(self._tag ^ 1, is_drained)
+
+
+async def _watch(call: FetchCall, mailbox: _Mailbox) -> None:
     """The call's end is the end of the messages too."""
-    inbox.fail(await call.failure())
+    mailbox.fail(await call.failure())
 
 
 def lane_to_bytes(tag: int, max_frame_bytes: int, address: bytes) -> bytes:

@@ -2,19 +2,26 @@
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from baton.errors import BatonError, Cause
 from baton.kvtransfer.pump import Arrivals
 from baton.kvtransfer.ucx_api import ucx
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+M = TypeVar("M")  # host memory, or a device's
+
 
 class Request:
     """A message on its way, and its bytes, which UCX uses until `is_completed`."""
 
-    def __init__(self, handle: Any, buffer: memoryview, on_completed: Callable[[], None]) -> None:
+    def __init__(
+        self, handle: Any, buffer: "memoryview | Tensor", on_completed: Callable[[], None]
+    ) -> None:
         self._handle = handle
-        self.buffer = buffer
+        self._buffer = buffer
         self.on_completed = on_completed
 
     @property
@@ -30,22 +37,26 @@ class Request:
         return None
 
 
-class Inbox:
+class Inbox(Generic[M]):
     """The messages of one tag, in the order in which they were sent."""
 
-    def __init__(self, tag: int, max_bytes: int, num_allowed: int) -> None:
+    def __init__(
+        self, tag: int, max_bytes: int, num_allowed: int, buffer: Callable[[int], M]
+    ) -> None:
         """
         Args:
             tag: 64 random bits.
             max_bytes: of one message; a larger one is an error and never stored.
             num_allowed: messages that may come before `allow` is called.
+            buffer: memory for a message of so many bytes.
         """
         self.tag = ucx.UCXXTag(tag)
         self.max_bytes = max_bytes
+        self.buffer = buffer
         self._num_allowed = num_allowed
         self._is_closed = False
-        self._arriving: deque[Request] = deque()
-        self._arrivals: Arrivals[memoryview] = Arrivals()
+        self._arriving: deque[tuple[Request, M]] = deque()
+        self._arrivals: Arrivals[M] = Arrivals()
 
     def allow(self, num_messages: int) -> None:
         self._num_allowed += num_messages
@@ -54,28 +65,28 @@ class Inbox:
         """Raised to whoever reads, after what has arrived."""
         self._arrivals.fail(error)
 
-    def expect(self, request: Request, num_bytes: int) -> None:
-        """A message of `num_bytes` has begun to arrive."""
+    def expect(self, request: Request, buffer: M, num_bytes: int) -> None:
+        """A message of `num_bytes` has begun to arrive in `buffer`."""
         self._num_allowed -= 1
         if self._num_allowed < 0:
             self.fail(BatonError(Cause.PROTOCOL, "more frames than there was credit for"))
         if num_bytes > self.max_bytes:
             self.fail(BatonError(Cause.PROTOCOL, f"a frame of {num_bytes} bytes"))
-        self._arriving.append(request)
+        self._arriving.append((request, buffer))
 
     def deliver(self) -> None:
         """Hand over what has arrived."""
-        while self._arriving and self._arriving[0].is_completed:
-            request = self._arriving.popleft()
+        while self._arriving and self._arriving[0][0].is_completed:
+            request, buffer = self._arriving.popleft()
             if self._is_closed:
                 continue
             error = request.error()
             if error is None:
-                self._arrivals.put(request.buffer)
+                self._arrivals.put(buffer)
             else:
                 self.fail(error)
 
-    async def take(self, max_messages: int) -> list[memoryview]:
+    async def take(self, max_messages: int) -> list[M]:
         """The next messages, at least one.
 
         Raises:

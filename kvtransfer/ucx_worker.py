@@ -22,13 +22,15 @@ import asyncio
 import logging
 import os
 from collections import deque
-from typing import Any
-
-import numpy as np
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from baton.errors import BatonError
-from baton.kvtransfer.ucx_api import Array, ucx
-from baton.kvtransfer.ucx_messages import Inbox, Request, transport_failed
+from baton.kvtransfer.ucx_api import as_array, ucx
+from baton.kvtransfer.ucx_messages import Inbox, M, Request, transport_failed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +48,11 @@ _ROUNDS_PER_TURN = 8  # of progress, before other work of the loop has its turn
 _DISCARD_S = 5.0  # how long the late messages of a fetch that was given up are thrown away
 
 
-def settings_for(is_loopback: bool) -> dict[str, str]:
+def settings_for(is_loopback: bool, on_device: bool = False) -> dict[str, str]:
     """UCX settings for this process; what the user has set in the environment wins."""
     wanted = dict(_TUNING)
+    if on_device:
+        wanted["MEMTYPE_CACHE"] = "n"  # it misses what was allocated before UCX was loaded
     if is_loopback:
         wanted["NET_DEVICES"] = "lo"
     return {key: value for key, value in wanted.items() if f"UCX_{key}" not in os.environ}
@@ -76,7 +80,7 @@ class Endpoint:
     def is_usable(self) -> bool:
         return self._error is None and bool(self._handle.alive)
 
-    def send(self, message: memoryview, tag: int) -> None:
+    def send(self, message: "memoryview | Tensor", tag: int) -> None:
         """Begin to send; the message must not change any more.
 
         Raises:
@@ -85,7 +89,7 @@ class Endpoint:
         if self._error is not None:
             raise self._error
         try:
-            handle = self._handle.tag_send(Array(message), ucx.UCXXTag(tag))
+            handle = self._handle.tag_send(as_array(message), ucx.UCXXTag(tag))
         except ucx.UCXError as error:
             raise transport_failed(error) from error
         self._sent.clear()
@@ -129,7 +133,7 @@ class UcxWorker:
         if not self._handles_errors:
             logger.warning("UCX over shared memory alone: the death of a peer is not handled")
         self.address: bytes = self._worker.address.tobytes()
-        self._inboxes: dict[int, Inbox] = {}
+        self._inboxes: dict[int, Inbox[Any]] = {}
         self._discarded: dict[int, asyncio.TimerHandle] = {}
         self._requests: set[Request] = set()
         self._turn: asyncio.Handle | None = None
@@ -152,8 +156,10 @@ class UcxWorker:
             raise transport_failed(error) from error
         return Endpoint(self, handle, self._handles_errors)
 
-    def open_inbox(self, tag: int, max_bytes: int, num_allowed: int) -> Inbox:
-        inbox = self._inboxes[tag] = Inbox(tag, max_bytes, num_allowed)
+    def open_inbox(
+        self, tag: int, max_bytes: int, num_allowed: int, buffer: Callable[[int], M]
+    ) -> Inbox[M]:
+        inbox = self._inboxes[tag] = Inbox(tag, max_bytes, num_allowed, buffer)
         self.wake()
         return inbox
 
@@ -202,10 +208,10 @@ class UcxWorker:
         for inbox in self._inboxes.values():
             while (found := self._worker.tag_probe(inbox.tag, remove=True)).matched:
                 num_bytes = found.length if found.length <= inbox.max_bytes else 0
-                buffer = np.empty(num_bytes, np.uint8)
-                handle = self._worker.tag_recv_with_handle(Array(buffer), found)
-                request = Request(handle, buffer.data, inbox.deliver)
-                inbox.expect(self.keep(request), found.length)
+                buffer = inbox.buffer(num_bytes)
+                handle = self._worker.tag_recv_with_handle(as_array(buffer), found)
+                request = Request(handle, buffer, inbox.deliver)
+                inbox.expect(self.keep(request), buffer, found.length)
                 received = True
         return received
 

@@ -68,4 +68,4 @@ def make_data_plane(
     """
     staging = StagingBudget(staging_bytes)
     calls = FetchCalls(server, token, staging)
-    return DataPlane(memory, make_transports(names, calls, address), calls, staging)
+    return DataPlane(memory, make_transports(names, calls, address, memory.device), calls, staging)

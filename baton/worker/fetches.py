@@ -10,8 +10,8 @@ from typing import Protocol
 
 from baton.errors import BatonError, Cause
 from baton.grants import HashChain
-from baton.kvtransfer.base import FetchOpen, Transport
-from baton.kvtransfer.exporter import DEVICE_FRAME_BYTES, FRAME_BYTES
+from baton.kvtransfer.base import FetchOpen, Incoming, Transport
+from baton.kvtransfer.exporter import BESIDE_FRAME_BYTES, DEVICE_FRAME_BYTES, FRAME_BYTES
 from baton.kvtransfer.importer import Importer
 from baton.kvtransfer.memory import KVMemory
 from baton.kvtransfer.negotiate import choose
@@ -143,7 +143,8 @@ class FetchDesk:
             BatonError: OVERLOADED; too much is before it.
         """
         now_ms = time.monotonic_ns() // 1_000_000
-        staging_bytes = min(num_bytes, order.fetch.initial_credit * DEVICE_FRAME_BYTES)
+        frame_bytes = BESIDE_FRAME_BYTES if address.name == "cuda" else DEVICE_FRAME_BYTES
+        staging_bytes = min(num_bytes, order.fetch.initial_credit * frame_bytes)
         if not self._queue.ask(order.leg, address, predicted_ms, now_ms, is_spare, staging_bytes):
             raise BatonError(Cause.OVERLOADED, f"too many fetches wait for {address}")
         turn = self._turns[order.leg] = asyncio.get_running_loop().create_future()
@@ -253,7 +254,7 @@ class _Sink:
     def opened(self, epoch: int, num_ready_tokens: int) -> None:
         self._importer.opened(epoch, num_ready_tokens)
 
-    async def frame(self, *frames: bytes | memoryview) -> bool:
+    async def frame(self, *frames: Incoming) -> bool:
         is_complete = await self._importer.frame(*frames)
         for _ in frames:
             self._on_progress()

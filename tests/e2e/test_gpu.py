@@ -22,9 +22,16 @@ ON_CUDA = {"BATON_DEVICE": "cuda", "BATON_BATCH_INVARIANT": "false"}
 Oracle = Callable[[list[int], SamplingParams], dict[int, list[int]]]
 
 
-@pytest.fixture(scope="module", params=["shm", "grpc", pytest.param("ucx", marks=pytest.mark.ucx)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "shm",
+        "grpc",
+        *(pytest.param(name, marks=pytest.mark.ucx) for name in ("ucx", "cuda")),
+    ],
+)
 def fleet(request: pytest.FixtureRequest, make_fleet) -> Iterator[Any]:
-    if request.param == "ucx":
+    if request.param in ("ucx", "cuda"):
         pytest.importorskip("ucxx")
     with make_fleet("prefill-0", BATON_TRANSPORTS=request.param, **ON_CUDA) as running:
         # Not the prefill worker's block size: both ends convert.

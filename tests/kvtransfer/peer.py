@@ -12,13 +12,22 @@ import sys
 from baton.kvtransfer.exporter import Exporter
 from baton.kvtransfer.importer import Importer
 from baton.types import KVRange, TransportAddress
-from tests.kvtransfer.support import NUM_LAYERS, Gate, Pool, grpc_end, make_fetch, make_pool
+from tests.kvtransfer.support import (
+    NUM_LAYERS,
+    Gate,
+    Pool,
+    grpc_end,
+    make_fetch,
+    make_pool,
+    on_device,
+)
 
 NUM_TOKENS = 4096
 
 
-def known_pool() -> Pool:
-    return make_pool(16, range(NUM_TOKENS // 16), seed=1)
+def known_pool(transport: str = "") -> Pool:
+    pool = make_pool(16, range(NUM_TOKENS // 16), seed=1)
+    return on_device(pool) if transport == "cuda" else pool
 
 
 async def stdin_closed() -> None:
@@ -29,9 +38,9 @@ async def stdin_closed() -> None:
 
 
 async def produce(transport_name: str, num_ready: int) -> None:
-    pool = known_pool()
+    pool = known_pool(transport_name)
     gate = Gate(pool, num_ready, b"end" if num_ready == NUM_TOKENS else None)
-    async with grpc_end(transport_name) as transport:
+    async with grpc_end(transport_name, pool.memory.device) as transport:
         address = await transport.start(Exporter(pool.memory, gate, frame_bytes=1 << 16))
         print(address.address, flush=True)
         await stdin_closed()
@@ -39,8 +48,8 @@ async def produce(transport_name: str, num_ready: int) -> None:
 
 
 async def consume(transport_name: str, address: str) -> None:
-    pool = known_pool()
-    async with grpc_end(transport_name) as transport:
+    pool = known_pool(transport_name)
+    async with grpc_end(transport_name, pool.memory.device) as transport:
         print("fetching", flush=True)
         importer = Importer(pool.memory, pool.block_ids, KVRange(0, NUM_LAYERS, 0, NUM_TOKENS))
         await transport.fetch(

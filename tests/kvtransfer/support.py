@@ -12,8 +12,19 @@ from torch import Tensor
 
 from baton.errors import BatonError, Cause
 from baton.kernels.kv_pack import pack_kv_torch, payload_bytes
-from baton.kvtransfer.base import Attachment, Buffers, FetchOpen, Staging, Transport
+from baton.kvtransfer.base import (
+    Attachment,
+    Buffers,
+    DeviceFrame,
+    DeviceMemory,
+    FetchOpen,
+    Incoming,
+    Outgoing,
+    Staging,
+    Transport,
+)
 from baton.kvtransfer.calls import FetchCalls
+from baton.kvtransfer.device_staging import DeviceStaging
 from baton.kvtransfer.exporter import ExportFeed
 from baton.kvtransfer.grpc_stream import GrpcTransport
 from baton.kvtransfer.local import LocalNetwork, LocalTransport
@@ -67,9 +78,19 @@ class Pool:
 
     def content(self, where: KVRange) -> bytes:
         """What the blocks hold, in wire order."""
-        wire = torch.empty(payload_bytes(self.cache, where), dtype=torch.uint8)
-        pack_kv_torch(self.cache, self.block_ids, where, wire)
+        cache = self.cache.cpu()
+        wire = torch.empty(payload_bytes(cache, where), dtype=torch.uint8)
+        pack_kv_torch(cache, self.block_ids, where, wire)
         return wire.numpy().tobytes()
+
+
+def on_device(pool: Pool) -> Pool:
+    """The same pool in CUDA memory; where there is none, on the CPU, treated as if it were."""
+    if torch.cuda.is_available():
+        cache = pool.cache.cuda()
+        return Pool(cache, KVMemory(cache, pool.memory.layout), pool.block_ids)
+    memory = KVMemory(pool.cache, pool.memory.layout, DeviceStaging(pool.cache))
+    return Pool(pool.cache, memory, pool.block_ids)
 
 
 def make_pool(block_size: int, block_ids: Sequence[int], seed: int) -> Pool:
@@ -115,11 +136,13 @@ class Gate:
 
 # ── scripted ends of a transport ─────────────────────────────────────────────────────────────────
 
-Script = Callable[["ScriptedAttachment"], AsyncGenerator[Buffers, None]]
+Script = Callable[["ScriptedAttachment"], AsyncGenerator[Outgoing, None]]
 
 
 class Unbounded:
     """A `Staging` for whoever takes every frame at once."""
+
+    device: DeviceMemory | None = None
 
     async def take(self, max_frames: int, frame_bytes: int = 0) -> int:
         return max_frames
@@ -142,7 +165,7 @@ class ScriptedAttachment:
         self.cut: asyncio.Future[BatonError] = asyncio.get_running_loop().create_future()
         self._script = script
 
-    async def frames(self, staging: Staging) -> AsyncGenerator[Buffers, None]:
+    async def frames(self, staging: Staging) -> AsyncGenerator[Outgoing, None]:
         self.is_iterating = True
         try:
             async for frame in self._script(self):
@@ -215,14 +238,14 @@ class RecordingSink:
         self.epoch = epoch
         assert num_ready_tokens == 7
 
-    async def frame(self, *frames: bytes | memoryview) -> bool:
+    async def frame(self, *frames: Incoming) -> bool:
         assert frames
         for data in frames:
             if len(self.frames) < self.num_wanted:
                 await self._frame(data)
         return len(self.frames) == self.num_wanted
 
-    async def _frame(self, data: bytes | memoryview) -> None:
+    async def _frame(self, data: Incoming) -> None:
         assert self.epoch is not None, "a frame before opened"
         assert not self.is_busy, "two frames at once"
         self.is_busy = True
@@ -232,6 +255,8 @@ class RecordingSink:
                 raise BatonError(Cause.FRAME_CORRUPT, "rejected by the sink")
             if self.hold is not None:
                 await _until(self.hold)
+            if isinstance(data, DeviceFrame):
+                data = bytes(data.header) + data.payload.cpu().numpy().tobytes()
             self.frames.append(bytes(data))
         finally:
             self.is_busy = False
@@ -279,14 +304,14 @@ async def connected(name: str) -> AsyncIterator[Pair]:
 
 
 @asynccontextmanager
-async def grpc_end(name: str) -> AsyncIterator[Transport]:
+async def grpc_end(name: str, device: DeviceMemory | None = None) -> AsyncIterator[Transport]:
     """One worker's transport over its own gRPC server."""
     token = ClusterToken(("secret",))
     server = RpcServer(token)
     calls = FetchCalls(server.grpc, token)
     address = f"127.0.0.1:{server.bind('127.0.0.1', 0)}"
     await server.start()
-    transport = make_transport(name, calls, address)
+    transport = make_transport(name, calls, address, device)
     try:
         yield transport
     finally:
@@ -295,11 +320,14 @@ async def grpc_end(name: str) -> AsyncIterator[Transport]:
         await server.stop(0)
 
 
-def make_transport(name: str, calls: FetchCalls, address: str) -> Transport:
+def make_transport(
+    name: str, calls: FetchCalls, address: str, device: DeviceMemory | None = None
+) -> Transport:
     if name == "grpc":
         return GrpcTransport(calls, address)
     if name == "shm":
         return ShmTransport(calls, address)
     from baton.kvtransfer.ucx import UcxTransport
 
-    return UcxTransport(calls, address)
+    assert (name == "cuda") == (device is not None)
+    return UcxTransport(calls, address, device)

@@ -18,6 +18,7 @@ class Consumer:
     def __init__(self) -> None:
         self.credits = Credits(2)
         self.done = asyncio.Event()
+        self.device = None
         self.took_one = asyncio.Event()
 
     async def opened(self, epoch: int, num_ready_tokens: int) -> None: ...

@@ -12,7 +12,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from baton.errors import BatonError, Cause
-from baton.kvtransfer.base import Buffers
+from baton.kvtransfer.base import Buffers, Outgoing
+from baton.kvtransfer.frames import unsealed
 from baton.kvtransfer.importer import Importer
 from baton.types import KVRange, TransportAddress
 from tests.kvtransfer.peer import NUM_TOKENS, known_pool
@@ -25,6 +26,7 @@ from tests.kvtransfer.support import (
     grpc_end,
     make_fetch,
     make_pool,
+    on_device,
 )
 
 ALL = KVRange(0, NUM_LAYERS, 0, NUM_TOKENS)
@@ -34,7 +36,7 @@ UCX = [
         importlib.util.find_spec("ucxx") is None, reason="the ucx extra is not installed"
     ),
 ]
-TRANSPORTS = ["grpc", "shm", pytest.param("ucx", marks=UCX)]
+TRANSPORTS = ["grpc", "shm", pytest.param("ucx", marks=UCX), pytest.param("cuda", marks=UCX)]
 
 
 @asynccontextmanager
@@ -65,14 +67,15 @@ async def peer(
                 await process.wait()
 
 
-def empty_pool() -> Pool:
-    return make_pool(32, [*range(NUM_TOKENS // 32 - 1, -1, -1)], seed=2)
+def empty_pool(transport: str) -> Pool:
+    pool = make_pool(32, [*range(NUM_TOKENS // 32 - 1, -1, -1)], seed=2)
+    return on_device(pool) if transport == "cuda" else pool
 
 
 async def fetch_all(transport: str, address: str) -> None:
-    target = empty_pool()
+    target = empty_pool(transport)
     importer = Importer(target.memory, target.block_ids, ALL)
-    async with grpc_end(transport) as consumer:
+    async with grpc_end(transport, target.memory.device) as consumer:
         stats = await consumer.fetch(
             TransportAddress(transport, address), make_fetch(NUM_TOKENS), importer
         )
@@ -106,10 +109,10 @@ async def test_ucx_over_tcp_and_over_shared_memory(
 @pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_a_producer_that_computes_and_is_killed(transport: str) -> None:
     """Waiting for it costs no CPU; its death is told and leaves a valid prefix."""
-    target = empty_pool()
+    target = empty_pool(transport)
     importer = Importer(target.memory, target.block_ids, ALL)
     async with (
-        grpc_end(transport) as consumer,
+        grpc_end(transport, target.memory.device) as consumer,
         peer("produce", transport, "4000") as (
             process,
             address,
@@ -149,7 +152,7 @@ async def test_a_killed_consumer_ends_the_attachment(transport: str) -> None:
         yield ()
 
     source = ScriptedSource(silent)
-    async with grpc_end(transport) as producer:
+    async with grpc_end(transport, known_pool(transport).memory.device) as producer:
         address = (await producer.start(source)).address
         async with peer("consume", transport, address) as (process, _):
             attachment = await source.attachment()
@@ -160,14 +163,15 @@ async def test_a_killed_consumer_ends_the_attachment(transport: str) -> None:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_a_stopped_consumer_does_not_hold_the_producer(transport: str) -> None:
-    async def megabytes(attachment: ScriptedAttachment) -> AsyncGenerator[Buffers, None]:
+    async def megabytes(attachment: ScriptedAttachment) -> AsyncGenerator[Outgoing, None]:
         await stopped.wait()
         while True:
-            yield (bytes(1 << 20),)
+            yield (bytes(1 << 20),) if device is None else unsealed(device.buffer(1 << 20))
 
     stopped = asyncio.Event()
     source = ScriptedSource(megabytes)
-    async with grpc_end(transport) as producer:
+    device = known_pool(transport).memory.device
+    async with grpc_end(transport, device) as producer:
         address = (await producer.start(source)).address
         async with peer("consume", transport, address) as (process, _):
             attachment = await source.attachment()
