@@ -17,7 +17,6 @@ from baton import wire
 from baton.errors import BatonError, Cause
 from baton.grants import HashChain
 from baton.kvtransfer.base import (
-    Buffers,
     DeviceFrame,
     DeviceMemory,
     FetchOpen,

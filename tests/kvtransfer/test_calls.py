@@ -140,6 +140,8 @@ class StuckCall:
 
 
 class QueueLane:
+    device = None
+
     def __init__(self) -> None:
         self.sent: list[Buffers] = []
 
