@@ -164,7 +164,7 @@ class WorkerSettings(Section):
     )
     metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port; 0 = any free one.")
     transports: StrList = Field(
-        ("cuda", "shm", "ucx", "grpc"),
+        ("shm", "ucx", "grpc"),
         description="KV transports to offer and use, in order of preference.",
     )
     kv_staging_memory_bytes: ByteSize = Field(
