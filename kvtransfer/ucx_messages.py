@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from baton.errors import BatonError, Cause
 from baton.kvtransfer.pump import Arrivals
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 M = TypeVar("M")  # host memory, or a device's
+_NOTHING = memoryview(bytearray())
 
 
 class Request:
@@ -51,11 +52,11 @@ class Inbox(Generic[M]):
             buffer: memory for a message of so many bytes.
         """
         self.tag = ucx.UCXXTag(tag)
-        self.max_bytes = max_bytes
-        self.buffer = buffer
+        self._max_bytes = max_bytes
+        self._buffer = buffer
         self._num_allowed = num_allowed
         self._is_closed = False
-        self._arriving: deque[tuple[Request, M]] = deque()
+        self._arriving: deque[tuple[Request, M | memoryview]] = deque()
         self._arrivals: Arrivals[M] = Arrivals()
 
     def allow(self, num_messages: int) -> None:
@@ -65,13 +66,23 @@ class Inbox(Generic[M]):
         """Raised to whoever reads, after what has arrived."""
         self._arrivals.fail(error)
 
-    def expect(self, request: Request, buffer: M, num_bytes: int) -> None:
-        """A message of `num_bytes` has begun to arrive in `buffer`."""
+    def room_for(self, num_bytes: int) -> M | memoryview:
+        """Memory for a message that has begun to arrive; or none, so that UCX drops it, and whoever
+        reads is told why."""
         self._num_allowed -= 1
         if self._num_allowed < 0:
             self.fail(BatonError(Cause.PROTOCOL, "more frames than there was credit for"))
-        if num_bytes > self.max_bytes:
+        if num_bytes > self._max_bytes:
             self.fail(BatonError(Cause.PROTOCOL, f"a frame of {num_bytes} bytes"))
+            return _NOTHING
+        try:
+            return self._buffer(num_bytes)
+        except (MemoryError, RuntimeError) as error:  # torch raises the latter
+            self.fail(BatonError(Cause.NO_ROOM, f"no memory for {num_bytes} bytes: {error}"))
+            return _NOTHING
+
+    def expect(self, request: Request, buffer: M | memoryview) -> None:
+        """A message arrives in `buffer`, which `room_for` has given."""
         self._arriving.append((request, buffer))
 
     def deliver(self) -> None:
@@ -81,10 +92,10 @@ class Inbox(Generic[M]):
             if self._is_closed:
                 continue
             error = request.error()
-            if error is None:
-                self._arrivals.put(buffer)
-            else:
+            if error is not None:
                 self.fail(error)
+            elif buffer is not _NOTHING:
+                self._arrivals.put(cast("M", buffer))
 
     async def take(self, max_messages: int) -> list[M]:
         """The next messages, at least one.

@@ -207,11 +207,10 @@ class UcxWorker:
         received = False
         for inbox in self._inboxes.values():
             while (found := self._worker.tag_probe(inbox.tag, remove=True)).matched:
-                num_bytes = found.length if found.length <= inbox.max_bytes else 0
-                buffer = inbox.buffer(num_bytes)
+                buffer = inbox.room_for(found.length)
                 handle = self._worker.tag_recv_with_handle(as_array(buffer), found)
                 request = Request(handle, buffer, inbox.deliver)
-                inbox.expect(self.keep(request), buffer, found.length)
+                inbox.expect(self.keep(request), buffer)
                 received = True
         return received
 

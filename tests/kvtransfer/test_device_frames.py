@@ -225,6 +225,28 @@ async def test_kv_moves_while_it_is_computed(producer_block: int, consumer_block
 
 
 @needs_ucx
+async def test_a_device_without_memory_costs_one_fetch() -> None:
+    class Full:
+        is_full = False
+
+        def buffer(self, num_bytes: int) -> torch.Tensor:
+            if self.is_full and num_bytes:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            assert device is not None
+            return device.buffer(num_bytes)
+
+    device, full = device_pool().memory.device, Full()
+    async with grpc_end("cuda", device) as producer, grpc_end("cuda", full) as consumer:
+        peer = await producer.start(ScriptedSource(endless))
+        full.is_full = True
+        with pytest.raises(BatonError) as caught:
+            await consumer.fetch(peer, make_fetch(1), RecordingSink(10))
+        assert caught.value.cause is Cause.NO_ROOM
+        full.is_full = False
+        await consumer.fetch(peer, make_fetch(1), RecordingSink(10))
+
+
+@needs_ucx
 async def test_a_probe_moves_device_memory() -> None:
     async with pair() as ends:
         peer = await ends.producer.start(ProbedSource(ScriptedSource(endless)))
