@@ -2,9 +2,9 @@
 
 Weights come from memory (copies of them take turns, in huge pages). Prints GB/s of weights read, in
 time of one thread, the best of all repeats; the ways take turns, so that a noisy machine hits all
-alike. What is exact: the convolution has the bits of the inner product.
+alike. Ours has the bits of the inner product, and reads the same weights.
 
-    python -m bench.linear [--repeats 8] [--rows 1 4 8 16]
+    python -m bench.linear [--repeats 8] [--rows 1 2 4 8 16 32]
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baton.engine.huge_pages import use_huge_pages
-from baton.engine.layers.packed_weight import Convolution, InnerProduct
+from baton.engine.layers.packed_weight import InnerProduct, SkinnyProduct
 
 SHAPES = ((1152, 896), (896, 896), (4864, 896), (896, 4864))  # qkv, o, gate and up, down
 WEIGHT_BYTES = 64 << 20  # of all copies of a weight: more than a cache holds
@@ -25,11 +25,11 @@ WEIGHT_BYTES = 64 << 20  # of all copies of a weight: more than a cache holds
 def ways(weight: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     """Each: [num_rows, in_features] → the result, or its transpose."""
     use_huge_pages(weight.data_ptr(), weight.nbytes)
-    product, convolution = InnerProduct(weight), Convolution(weight, (4, 8, 16, 32))
+    product, skinny = InnerProduct(weight), SkinnyProduct(weight)
     linear = torch.ops.mkldnn._linear_pointwise
     return {
         "inner product": lambda x: product.pointwise(x, None, "none"),
-        "convolution": lambda x: convolution.pointwise(x, None, "none"),
+        "ours": lambda x: skinny.pointwise(x, None, "none"),
         "W xᵀ, oneDNN": lambda x: linear(weight, x, None, "none", [], None),
         "W xᵀ, MKL": lambda x: torch.mm(weight, x.t()),
         "F.linear": lambda x: F.linear(x, weight),
@@ -53,9 +53,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=8)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     args = parser.parse_args()
-    torch.set_num_threads(1)  # layouts of the convolution depend on it
+    torch.set_num_threads(1)
     header_is_printed = False
     for shape in SHAPES:
         num_bytes = 4 * shape[0] * shape[1]

@@ -1,4 +1,5 @@
-"""`draw_tokens` in numpy: each row by itself, and only the ids that can win get noise.
+"""`draw_tokens` on CPU: each row by itself, and only the ids that can win get noise. By draw_token.c
+where that was built and a draw has no cut but top-p, else in numpy.
 
 A row is one thread's on purpose: its result must not depend on how many threads a worker has. The
 rows of a step are divided among them.
@@ -15,6 +16,11 @@ import torch
 from torch import Tensor
 
 from baton.kernels.sampling import C1, C2, F1, F2, MASS_BITS, N1, Draw, rotl
+
+try:
+    from baton.kernels import _draw_token
+except ImportError:
+    _draw_token = None  # type: ignore[assignment]
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.intp]
@@ -48,6 +54,16 @@ def _draw(row: Floats, draw: Draw) -> int:
     if draw.is_greedy:
         return best
     words = _vocabulary_words(len(row))
+    is_simple = draw.top_p > 0 and draw.top_k <= 0 and draw.min_p <= 0
+    if _draw_token is not None and is_simple and math.isfinite(row[best] / draw.temperature):
+        mass = np.empty(len(row), np.int32)
+        top_p = min(draw.top_p, 1.0)
+        return _draw_token.draw_token(row, words, mass, best, draw.key, draw.temperature, top_p)
+    return draw_numpy(row, words, best, draw)
+
+
+def draw_numpy(row: Floats, words: Words, best: int, draw: Draw) -> int:
+    """Of a row whose likeliest id is `best`; `words` as from `token_words`."""
     if 0 < draw.top_p < 1 and draw.top_k <= 0 and draw.min_p <= 0:
         return _draw_from_nucleus(row, words, row[best], draw)
     return _pick_among(_survivors(row, row[best], draw), row, words, draw)
