@@ -5,8 +5,9 @@ argmax(logit / temperature + noise), and the noise of a token is a hash of (seed
 id). No generator has a state, so a draw depends on nothing but its own row, whatever else is in the
 batch and wherever it runs.
 
-`draw_tokens` picks an implementation: numpy on CPU (one thread, so that sums do not depend on how
-many there are), torch elsewhere, with a Triton kernel where the whole vocabulary needs noise.
+`draw_tokens` picks an implementation: C or numpy on CPU (one thread for a row, so that sums do not
+depend on how many there are), torch elsewhere, with a Triton kernel where the whole vocabulary
+needs noise.
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,5 @@
-"""`draw_tokens` on CPU: each row by itself, and only the ids that can win get noise. By draw_token.c
-where that was built and a draw has no cut but top-p, else in numpy.
+"""`draw_tokens` on CPU: each row by itself, and only the ids that can win get noise. In C
+(draw_token.c) where that was built and a draw has no cut but top-p, else in numpy.
 
 A row is one thread's on purpose: its result must not depend on how many threads a worker has. The
 rows of a step are divided among them.
@@ -57,8 +57,9 @@ def _draw(row: Floats, draw: Draw) -> int:
     is_simple = draw.top_p > 0 and draw.top_k <= 0 and draw.min_p <= 0
     if _draw_token is not None and is_simple and math.isfinite(row[best] / draw.temperature):
         mass = np.empty(len(row), np.int32)
-        top_p = min(draw.top_p, 1.0)
-        return _draw_token.draw_token(row, words, mass, best, draw.key, draw.temperature, top_p)
+        return _draw_token.draw_token(
+            row.data, words.data, mass.data, best, draw.key, draw.temperature, draw.top_p
+        )
     return draw_numpy(row, words, best, draw)
 
 

@@ -1,5 +1,5 @@
-"""The numpy path, the torch reference and the Triton kernel (interpreted) draw the same tokens, and
-the tokens follow the distribution."""
+"""The CPU paths (C and numpy), the torch reference and the Triton kernel (interpreted) draw the
+same tokens, and the tokens follow the distribution."""
 
 import os
 import random
@@ -43,10 +43,72 @@ def random_case(rng: random.Random) -> tuple[torch.Tensor, list[Draw]]:
     return logits, draws
 
 
+needs_native = pytest.mark.skipif(
+    sampling_cpu._draw_token is None,
+    reason="draw_token.c was not built, or is not for this machine",
+)
+
+
+@pytest.mark.parametrize("is_native", [pytest.param(True, marks=needs_native), False])
 @pytest.mark.parametrize("seed", range(80))
-def test_numpy_equals_torch(seed: int) -> None:
+def test_cpu_equals_torch(seed: int, is_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not is_native:
+        monkeypatch.setattr(sampling_cpu, "_draw_token", None)
     logits, draws = random_case(random.Random(seed))
     assert draw_tokens(logits, draws) == draw_tokens_torch(logits, draws)
+
+
+@needs_native
+@pytest.mark.parametrize("spread", SPREADS)
+def test_c_equals_numpy_on_a_large_vocabulary(
+    spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the winner among all ids lies outside of the nucleus."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 50_021, generator=generator) * spread
+    logits[2] = (4 * logits[2]).round() / 4
+    draws = [
+        Draw(row, noise_key(seed, 9), temperature, top_p=top_p)
+        for row in range(3)
+        for seed in range(12)
+        for temperature in (0.01, 0.7, 3.0)
+        for top_p in (1.0, 0.95, 0.4, 0.02)
+    ]
+    got = draw_tokens(logits, draws)
+    monkeypatch.setattr(sampling_cpu, "_draw_token", None)
+    assert got == draw_tokens(logits, draws)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"logits": np.zeros(9, np.float32)},
+        {"words": np.zeros(9, np.uint32)},
+        {"mass": np.zeros(9, np.int32)},
+        {"likeliest": 10},
+        {"likeliest": -1},
+        {"temperature": 0.0},
+        {"top_p": 0.0},
+        {"logits": b"", "words": b"", "mass": bytearray(), "likeliest": 0},
+    ],
+    ids=str,
+)
+def test_c_refuses_what_does_not_fit(changes: dict[str, object]) -> None:
+    arguments: dict[str, object] = {
+        "logits": np.zeros(10, np.float32),
+        "words": np.zeros(10, np.uint32),
+        "mass": np.zeros(10, np.int32),
+        "likeliest": 0,
+        "key": 1,
+        "temperature": 1.0,
+        "top_p": 0.9,
+    }
+    native = sampling_cpu._draw_token
+    assert native is not None
+    assert native.draw_token(*arguments.values()) in range(10)
+    with pytest.raises(ValueError, match="do not fit together"):
+        native.draw_token(*(arguments | changes).values())
 
 
 def test_rows_divided_among_threads_draw_what_one_thread_draws() -> None:

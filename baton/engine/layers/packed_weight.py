@@ -132,11 +132,11 @@ class SkinnyProduct(InnerProduct):
         out_features, in_features = self._shape
         y = x.new_empty(len(x), out_features)
         _skinny_gemm.multiply_rows(
-            x.contiguous().numpy(),
-            self._memory,
-            y.numpy(),
-            None if bias is None else bias.numpy(),
-            None if other is None else other.contiguous().numpy(),
+            x.contiguous().numpy().data,
+            self._memory.data,
+            y.numpy().data,
+            None if bias is None else bias.numpy().data,
+            None if other is None else other.contiguous().numpy().data,
             in_features,
             out_features,
             _OPS[op],
