@@ -50,7 +50,7 @@ dev: $(VENV)/.installed-dev
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml $(wildcard kernels/ops/*.c) | $(BIN)/python
+$(VENV)/.installed: pyproject.toml $(wildcard kernels/ops/*.[ch]) | $(BIN)/python
 	$(call pip_install,.)
 	@touch $@
 

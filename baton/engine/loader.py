@@ -24,6 +24,7 @@ from baton.engine.weights import DummyWeights, SafetensorsWeights
 from baton.errors import InvalidRequest
 from baton.grammar import Grammars
 from baton.kernels.paged_attention_cpu import Invariance
+from baton.kernels.paged_attention_native import is_native
 from baton.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,11 @@ def _make_invariant(config: RunnerConfig, plan: _Plan, model: Decoder) -> Invari
     try:
         if plan.device.type != "cpu":
             raise InvalidRequest("batch invariance is only there on CPU", "batch_invariant")
-        invariance = probe_invariance(plan.model.head_dim, plan.dtype)
+        shape = plan.model.num_heads, plan.model.num_kv_heads, plan.model.head_dim
+        if is_native(*shape, plan.dtype):
+            invariance = Invariance()  # nothing needs padding
+        else:
+            invariance = probe_invariance(plan.model.head_dim, plan.dtype)
         pad_linears(model.linears(), plan.dtype)
     except InvalidRequest as error:
         if config.batch_invariant:

@@ -1,4 +1,5 @@
-"""Paged attention on CPU: torch's flash attention over views of the pool.
+"""Paged attention on CPU: torch's flash attention over views of the pool. For what
+`paged_attention_native` does not do: other dtypes than float32, or where it was not built.
 
 A step is planned once and run for every layer. Where a row's blocks lie side by side in the pool
 its keys and values are read through a strided view, without a copy; else they are gathered. Rows

@@ -2,10 +2,7 @@
 
    At a handful of rows a product is as long in arithmetic as in reading the weights from memory, so
    both must go on at once: while one piece of a panel is multiplied out of the first cache, the next
-   one is on its way there. The libraries do one after the other (docs/performance.md).
-
-   Threads are those of the OpenMP runtime that torch has loaded; it is looked up in the process, for
-   a second runtime's threads would wait in a loop on the cores of the first one's. */
+   one is on its way there. The libraries do one after the other (docs/performance.md). */
 
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -15,18 +12,15 @@
 #include <Python.h>
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#include <dlfcn.h>
-#include <immintrin.h>
-#include <stdint.h>
 #include <string.h>
+
+#include "skinny.h"
 
 #define PANEL 64    /* output features side by side: [panels][in_features, padded][PANEL] */
 #define PADDED_TO 16 /* in_features of a panel */
 #define MAX_ROWS 32
 #define PIECE 1024  /* in_features that are summed by themselves, one after the other */
 #define TILE 32     /* of them, multiplied while the next ones are fetched: 8 KiB */
-#define AVX2 __attribute__((target("avx2,fma")))
-#define INLINE static inline __attribute__((always_inline)) AVX2
 
 typedef enum { NONE, SWISH, MUL, ADD, NUM_OPS } Op;
 
@@ -40,52 +34,6 @@ typedef struct {
 
 /* ── sums ─────────────────────────────────────────────────────────────────────────────────────── */
 
-/* Adds num_k products to sums[rows][PANEL], of 8 * num_vectors output features. */
-INLINE void multiply(const Product *p, const float *x, const float *w, float *sums, Py_ssize_t num_k,
-                     const char *ahead, Py_ssize_t lines_per_k, const int num_rows, const int num_vectors)
-{
-    __m256 sum[4][8];
-#pragma GCC unroll 4
-    for (int r = 0; r < num_rows; r++)
-#pragma GCC unroll 8
-        for (int v = 0; v < num_vectors; v++)
-            sum[r][v] = _mm256_load_ps(sums + r * PANEL + 8 * v);
-    for (Py_ssize_t k = 0; k < num_k; k++) {
-        for (Py_ssize_t i = 0; i < lines_per_k; i++, ahead += 64)
-            __builtin_prefetch(ahead, 0, 3);
-        const float *from = w + k * PANEL;
-        __m256 held[4]; /* the fewer: weights or factors */
-        if (num_vectors < num_rows) {
-#pragma GCC unroll 4
-            for (int v = 0; v < num_vectors; v++)
-                held[v] = _mm256_load_ps(from + 8 * v);
-#pragma GCC unroll 4
-            for (int r = 0; r < num_rows; r++) {
-                __m256 factor = _mm256_broadcast_ss(x + r * p->in_features + k);
-#pragma GCC unroll 4
-                for (int v = 0; v < num_vectors; v++)
-                    sum[r][v] = _mm256_fmadd_ps(factor, held[v], sum[r][v]);
-            }
-        } else {
-#pragma GCC unroll 4
-            for (int r = 0; r < num_rows; r++)
-                held[r] = _mm256_broadcast_ss(x + r * p->in_features + k);
-#pragma GCC unroll 8
-            for (int v = 0; v < num_vectors; v++) {
-                __m256 weights = _mm256_load_ps(from + 8 * v);
-#pragma GCC unroll 4
-                for (int r = 0; r < num_rows; r++)
-                    sum[r][v] = _mm256_fmadd_ps(held[r], weights, sum[r][v]);
-            }
-        }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < num_rows; r++)
-#pragma GCC unroll 8
-        for (int v = 0; v < num_vectors; v++)
-            _mm256_store_ps(sums + r * PANEL + 8 * v, sum[r][v]);
-}
-
 typedef void (*Multiply)(const Product *, const float *, const float *, float *, Py_ssize_t, const char *,
                          Py_ssize_t);
 
@@ -94,7 +42,7 @@ typedef void (*Multiply)(const Product *, const float *, const float *, float *,
                                                  float *sums, Py_ssize_t num_k, const char *ahead,      \
                                                  Py_ssize_t lines_per_k)                                \
     {                                                                                                   \
-        multiply(p, x, w, sums, num_k, ahead, lines_per_k, rows, vectors);                              \
+        multiply(x, p->in_features, w, PANEL, sums, PANEL, num_k, ahead, lines_per_k, rows, vectors);   \
     }
 DEFINE_MULTIPLY(1, 8)
 DEFINE_MULTIPLY(2, 4)
@@ -141,27 +89,6 @@ static void multiply_tile(const Product *p, const float *x, const float *w, floa
 }
 
 /* ── what follows them ────────────────────────────────────────────────────────────────────────── */
-
-/* exp(x) for x <= 0 as oneDNN computes it: 2**n and a polynomial of degree five. */
-INLINE __m256 exp_of_negative(__m256 x)
-{
-    __m256 least = _mm256_set1_ps(-0x1.5d58a0p+6f); /* of what is not 0 */
-    __m256 is_zero = _mm256_cmp_ps(x, least, _CMP_LT_OS);
-    x = _mm256_max_ps(x, least);
-    __m256 n = _mm256_floor_ps(
-        _mm256_add_ps(_mm256_mul_ps(x, _mm256_set1_ps(0x1.715476p+0f)), _mm256_set1_ps(0.5f)));
-    __m256 rest = _mm256_fnmadd_ps(n, _mm256_set1_ps(0x1.62e430p-1f), x);
-    __m256i exponent = _mm256_cvtps_epi32(_mm256_sub_ps(n, _mm256_set1_ps(1.0f)));
-    exponent = _mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23);
-    __m256 half_power = _mm256_andnot_ps(is_zero, _mm256_castsi256_ps(exponent));
-    static const float terms[5] = {0x1.0f9f9cp-7f, 0x1.573a1ap-5f, 0x1.555a80p-3f, 0x1.fffdc6p-2f,
-                                   0x1.fffff6p-1f};
-    __m256 y = _mm256_set1_ps(terms[0]);
-    for (int i = 1; i < 5; i++)
-        y = _mm256_fmadd_ps(y, rest, _mm256_set1_ps(terms[i]));
-    y = _mm256_fmadd_ps(y, rest, _mm256_set1_ps(1.0f));
-    return _mm256_mul_ps(_mm256_mul_ps(y, half_power), _mm256_set1_ps(2.0f));
-}
 
 /* x / (1 + exp(-x)), by the exponential of what is negative. */
 INLINE __m256 swish(__m256 x)
@@ -253,13 +180,6 @@ static void multiply_panels(void *argument)
 
 /* ── the module ───────────────────────────────────────────────────────────────────────────────── */
 
-typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
-
-static Parallel find_parallel(void)
-{
-    return (Parallel)(uintptr_t)dlsym(RTLD_DEFAULT, "GOMP_parallel");
-}
-
 /* The sizes that the buffers imply; 0 if they do not fit together. */
 static int measure(Product *p, const Py_buffer *x, const Py_buffer *weight, const Py_buffer *out,
                    const Py_buffer *bias, const Py_buffer *other)
@@ -295,12 +215,8 @@ static PyObject *multiply_rows(PyObject *module, PyObject *args)
         p.out = out.buf;
         p.bias = bias.buf;
         p.other = other.buf;
-        Parallel parallel = find_parallel();
         Py_BEGIN_ALLOW_THREADS
-        if (num_threads == 1)
-            multiply_panels(&p);
-        else
-            parallel(multiply_panels, &p, (unsigned)num_threads, 0);
+        run_on_threads(multiply_panels, &p, num_threads);
         Py_END_ALLOW_THREADS
     } else {
         PyErr_SetString(PyExc_ValueError, "rows, weight and result do not fit together");
@@ -319,11 +235,7 @@ static PyObject *multiply_rows(PyObject *module, PyObject *args)
 
 static int refuse_unless_supported(PyObject *module)
 {
-    const char *missing = NULL;
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
-        missing = "the processor has no AVX2";
-    else if (find_parallel() == NULL)
-        missing = "no OpenMP runtime is loaded";
+    const char *missing = missing_here();
     if (missing == NULL)
         return 0;
     PyErr_SetString(PyExc_ImportError, missing);

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from baton.engine.device import multiplies
 from baton.engine.invariance import pad_linears, probe_invariance
+from baton.engine.layers import packed_weight
 from baton.engine.layers.linear import Linear
 from baton.engine.model_config import load_model_config
 from baton.engine.runner import ModelRunner
 from baton.errors import InvalidRequest
+from baton.kernels import paged_attention_native
 from baton.kernels.paged_attention_cpu import CpuAttention
 from baton.kernels.paged_rows import PagedRow
 from baton.types import SamplingParams
@@ -171,6 +173,24 @@ def test_the_number_of_threads_does_not_matter(runner: ModelRunner) -> None:
         torch.set_num_threads(threads)
     assert differing(results[1], results[0]) == []
     assert differing(results[2], results[0]) == []
+
+
+def test_without_our_kernels(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The libraries do it, with padding."""
+    monkeypatch.setattr(packed_weight, "_skinny_gemm", None)
+    monkeypatch.setattr(paged_attention_native, "_paged_attention", None)
+    packed_weight._has_equal_bits.cache_clear()
+    try:
+        runner = load_tiny_runner(folder("llama"), batch_invariant=True)
+    finally:
+        packed_weight._has_equal_bits.cache_clear()
+    (prompt,) = random_prompts(130)
+    whole = hidden_states(runner, row(prompt, block_ids=BLOCKS))
+    parts = chunked(runner, prompt, (100, 27, 1, 1, 1))
+    assert differing(torch.cat(parts), whole) == []
+    runner.close()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

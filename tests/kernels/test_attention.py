@@ -4,15 +4,19 @@ and the reference equals plain attention."""
 import os
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
 from baton.kernels.paged_attention import paged_decode_torch, paged_prefill_torch
 from baton.kernels.paged_attention_cpu import CpuAttention, Invariance
+from baton.kernels.paged_attention_native import NativeAttention, is_native
 from baton.kernels.paged_decode_triton import paged_decode_triton
 from baton.kernels.paged_prefill_triton import paged_prefill_triton
 from baton.kernels.paged_rows import PagedRow
@@ -104,6 +108,140 @@ def test_cpu_equals_the_reference(
             got = attention.run(q, cache, attention.plan(rows, cache, window))
             error = (got.float() - reference(q.float(), cache.float(), rows, window)).abs().max()
             assert error < TOLERANCE[dtype], shape
+
+
+needs_native = pytest.mark.skipif(
+    not is_native(4, 2, 32, torch.float32),
+    reason="paged_attention.c was not built, or is not for this machine",
+)
+# and one KV head for many, and heads of several widths
+NATIVE_HEADS = [*HEADS, (64, 1, 8), (3, 3, 96), (2, 1, 256)]
+
+
+@needs_native
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("heads", NATIVE_HEADS)
+def test_native_equals_the_reference(heads: tuple[int, int, int], window: int) -> None:
+    num_heads, num_kv_heads, head_dim = heads
+    cache = make_cache(num_kv_heads, head_dim, torch.float32)
+    attention = NativeAttention(*heads)
+    for shape in [*PREFILLS, *DECODES, [*DECODES[2], *PREFILLS[2]]]:
+        for rows in (scattered(shape), in_a_run(shape)):
+            q = queries(rows, num_heads, head_dim, torch.float32)
+            got = attention.run(q, cache, attention.plan(rows, cache, window))
+            error = (got - reference(q, cache, rows, window)).abs().max()
+            assert error < TOLERANCE[torch.float32], shape
+
+
+@needs_native
+@settings(max_examples=40, deadline=None)
+@given(
+    start=st.integers(0, 300),
+    num_queries=st.integers(1, 150),
+    cut=st.integers(0, 149),
+    window=st.sampled_from([0, 1, 50, 64, 200]),
+    block_size=st.sampled_from([16, 32, 48, 128]),
+    num_threads=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_native_bits_depend_on_the_sequence_alone(
+    start: int,
+    num_queries: int,
+    cut: int,
+    window: int,
+    block_size: int,
+    num_threads: int,
+    seed: int,
+) -> None:
+    """Not on chunks, company, blocks, their size or the number of threads."""
+    generator = torch.Generator().manual_seed(seed)
+    num_heads, num_kv_heads, head_dim = HEADS[seed % len(HEADS)]
+    context_len, cut = start + num_queries, cut % num_queries
+    attention = NativeAttention(num_heads, num_kv_heads, head_dim)
+    kv = torch.randn(2, context_len, num_kv_heads, head_dim, generator=generator)
+    q = torch.randn(num_queries, num_heads, head_dim, generator=generator)
+    padding = (0, 0, 0, 0, 0, -context_len % 16)
+    plain = F.pad(kv, padding).view(2, -1, 16, num_kv_heads, head_dim)
+    row = PagedRow(start, num_queries, range(plain.shape[1]))
+    whole = attention.run(q, plain, attention.plan([row], plain, window))
+
+    num_blocks = -(-context_len // block_size)
+    order = torch.randperm(num_blocks + 3, generator=generator)[:num_blocks]
+    shape = (2, num_blocks + 3, block_size, num_kv_heads, head_dim)
+    cache = torch.randn(shape, generator=generator)
+    padding = (0, 0, 0, 0, 0, -context_len % block_size)
+    cache[:, order] = F.pad(kv, padding).view(2, -1, *shape[2:])
+    blocks = order.tolist()
+    parts = [(0, cut), (cut, num_queries - 1), (num_queries - 1, num_queries)]
+    rows = [PagedRow(start + a, b - a, blocks) for a, b in parts if a < b]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(num_threads)
+        together = attention.run(q, cache, attention.plan(rows, cache, window))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(together, whole)
+    alone = attention.run(q[-1:], cache, attention.plan(rows[-1:], cache, window))
+    assert torch.equal(alone, whole[-1:])
+
+
+@needs_native
+def test_native_weights_of_any_size() -> None:
+    """Scores so large that all but one weight vanish, and such that the highest comes last."""
+    cache = make_cache(2, 32, torch.float32)
+    attention, rows = NativeAttention(4, 2, 32), scattered([(150, 20), (200, 1)])
+    for factor in (0.0, 1e-30, 30.0, 1e4):
+        q = queries(rows, 4, 32, torch.float32) * factor
+        got = attention.run(q, cache, attention.plan(rows, cache, 0))
+        assert (got - reference(q, cache, rows, 0)).abs().max() < 1e-4 * max(1.0, factor / 100)
+
+
+WRONG: dict[str, dict[str, object]] = {
+    "a part of a query": {"q": np.zeros(4 * 32 - 1, np.float32)},
+    "a small result": {"out": np.zeros((2, 4, 32), np.float32)},
+    "half a block": {"kv": np.zeros(9 * 16 * 2 * 32, np.float32)},
+    "a block past the pool": {"blocks": np.array([0, 5])},
+    "a negative block": {"blocks": np.array([0, -1])},
+    "too few blocks": {"blocks": np.array([0])},
+    "a query too many": {"sequences": np.array([[17, 4, 0, 0]])},
+    "a query before the first": {"sequences": np.array([[17, 3, -1, 0]])},
+    "a negative position": {"sequences": np.array([[-1, 3, 0, 0]])},
+    "blocks from behind": {"sequences": np.array([[17, 3, 0, 1]])},
+    "no query": {"sequences": np.array([[17, 0, 0, 0]])},
+    "a part of a sequence": {"sequences": np.array([17, 3, 0])},
+    "heads that are not shared evenly": {"num_kv_heads": 3},
+    "too many heads for one": {"num_heads": 130},
+    "an odd width": {"head_dim": 12},
+    "a negative window": {"window": -1},
+    "no threads": {"num_threads": 0},
+}
+
+
+@needs_native
+@pytest.mark.parametrize("changes", [{}, *WRONG.values()], ids=["nothing", *WRONG])
+def test_native_refuses_what_does_not_fit(changes: dict[str, object]) -> None:
+    from baton.kernels import _paged_attention
+
+    arguments: dict[str, object] = {
+        "q": np.zeros((3, 4, 32), np.float32),
+        "kv": np.zeros((2, 5, 16, 2, 32), np.float32),
+        "out": np.zeros((3, 4, 32), np.float32),
+        "sequences": np.array([[17, 3, 0, 0]]),
+        "blocks": np.array([0, 4]),
+        "block_size": 16,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 32,
+        "window": 0,
+        "scale": 1.0,
+        "num_threads": 1,
+    }
+    arguments |= changes
+    if not changes:
+        _paged_attention.attend_rows(*arguments.values())
+        return
+    with pytest.raises(ValueError, match="do not fit together"):
+        _paged_attention.attend_rows(*arguments.values())
 
 
 # Triton's interpreter multiplies the bit patterns of bfloat16; bench/gpu.py checks it on a GPU.

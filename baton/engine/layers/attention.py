@@ -15,6 +15,7 @@ from baton.engine.model_config import ModelConfig
 from baton.kernels.kv_store import kv_store
 from baton.kernels.paged_attention import paged_decode, paged_prefill
 from baton.kernels.paged_attention_cpu import CpuAttention, Invariance
+from baton.kernels.paged_attention_native import NativeAttention, is_native
 from baton.kernels.paged_rows import PagedRow, num_blocks_used, query_slots
 
 
@@ -48,9 +49,12 @@ class CpuBackend:
     def __init__(self, config: ModelConfig, cache: KVCache, invariance: Invariance | None) -> None:
         self._cache = cache
         self._windows = config.windows
-        self._attention = CpuAttention(
-            config.num_heads, config.num_kv_heads, config.head_dim, cache.tensor.dtype, invariance
-        )
+        shape, dtype = (config.num_heads, config.num_kv_heads, config.head_dim), cache.tensor.dtype
+        self._attention: CpuAttention | NativeAttention
+        if is_native(*shape, dtype):
+            self._attention = NativeAttention(*shape)
+        else:
+            self._attention = CpuAttention(*shape, dtype, invariance)
 
     def plan(self, rows: Sequence[PagedRow]) -> StepAttention:
         cache = self._cache.tensor
