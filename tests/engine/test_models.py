@@ -126,7 +126,6 @@ def test_a_window_hides_what_is_behind_it(folder: Folder) -> None:
     assert (far[0] - far[1]).abs().max() < 1e-2, "positions are relative"
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(family: str, folder: Folder, dtype: torch.dtype) -> None:
     model = reference_model(folder(family), dtype)
@@ -134,15 +133,20 @@ def test_half_precision(family: str, folder: Folder, dtype: torch.dtype) -> None
     runner = load_tiny_runner(folder(family), dtype=str(dtype).removeprefix("torch."))
     (prompt,) = random_prompts(70)
     expected, fp32 = reference_logits(model, prompt).float(), reference_logits(exact, prompt)
-    error = (logits_of(runner, prompt).float() - fp32).abs().mean()
+    logits = logits_of(runner, prompt)
+    assert logits.dtype is dtype
+    error = (logits.float() - fp32).abs().mean()
     assert error < 1.5 * (expected - fp32).abs().mean(), "no worse than transformers"
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_sharded_and_tied_checkpoints(tmp_path: Path, tied: bool) -> None:
-    single = save_tiny_model(tmp_path / "single", tied=tied, dtype=torch.bfloat16)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"], indirect=True)
+@pytest.mark.parametrize(("tied", "dtype"), [(False, torch.float16), (True, torch.bfloat16)])
+def test_sharded_and_tied_checkpoints(
+    tmp_path: Path, family: str, tied: bool, dtype: torch.dtype
+) -> None:
+    single = save_tiny_model(tmp_path / "single", family, tied=tied, dtype=dtype)
     sharded = save_tiny_model(
-        tmp_path / "sharded", tied=tied, dtype=torch.bfloat16, shard_size="40KB"
+        tmp_path / "sharded", family, tied=tied, dtype=dtype, shard_size="40KB"
     )
     assert len(list(sharded.glob("*.safetensors"))) > 3
     (prompt,) = random_prompts(40)
@@ -150,7 +154,6 @@ def test_sharded_and_tied_checkpoints(tmp_path: Path, tied: bool) -> None:
     logits = logits_of(one, prompt)
     assert torch.equal(logits_of(many, prompt), logits)
     assert (logits - reference_logits(reference_model(sharded), prompt)).abs().max() < 1e-3
-    assert logits_of(load_tiny_runner(single, dtype="bfloat16"), prompt).dtype is torch.bfloat16
 
 
 def test_blocks_are_copied_before_anything_is_computed(folder: Folder) -> None:
