@@ -216,9 +216,13 @@ def test_all_decode_workers_gone_prefill_workers_decode(base, oracle) -> None:
     fleet.assert_no_leak()
 
 
-def test_redis_dies_and_comes_back_empty(base, oracle) -> None:
+def test_redis_stands_still_dies_and_comes_back_empty(base, oracle) -> None:
     fleet = with_workers(base, "prefill-0", "decode-0")
     without(fleet, "decode-1")
+    fleet.stop("redis")
+    result = fleet.complete({"prompt": prompt(9), **BODY})
+    assert result.token_ids == oracle(prompt(9), params())
+    assert result.longest_silence_s < bearable_silence_s(), "nobody waits for one that is slow"
     fleet.kill("redis")
     result = fleet.complete({"prompt": prompt(6), **BODY})
     assert result.token_ids == oracle(prompt(6), params())
