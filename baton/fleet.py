@@ -43,6 +43,7 @@ class Fleet:
 
         Raises:
             InvalidRequest: there are to be no workers, or the port is taken.
+            BatonError: there is no place for a private Redis.
         """
         self.config = config
         self.is_pooling = is_pooling
@@ -95,6 +96,8 @@ class Fleet:
         return env | own | {"PYTHONSAFEPATH": "1", "TMPDIR": str(self._folder.path)}
 
     def _may_restart(self, name: str, status: int) -> bool:
+        if name == "redis" and (words := self._folder.last_words()):
+            log.warning("the last that redis said: %s", words)
         if self.is_up or status != BAD_SETTINGS:
             return True
         log.error("%s cannot start like this; stopping", name)

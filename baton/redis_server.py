@@ -14,6 +14,7 @@ from baton.errors import BatonError, Cause
 _NAMES = ("redis-server", "valkey-server")
 _PREFIX = "baton-serve-"
 _OWNER = "owner"  # a file that the owner of the folder keeps locked
+_MAX_SOCKET_PATH = 107  # bytes, of the kernel's sun_path
 
 
 def find_redis_binary() -> str:
@@ -62,11 +63,31 @@ class RedisFolder:
     """Where a private Redis has its socket and log, for as long as this process lives."""
 
     def __init__(self) -> None:
-        """Makes it, and removes those of owners that were killed."""
-        _remove_dead()
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        self._lock = (self.path / _OWNER).open("w")
+        """Makes it, and removes those of owners that were killed.
+
+        Raises:
+            BatonError: there is no place for it.
+        """
+        try:
+            _remove_dead()
+            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+            self._lock = (self.path / _OWNER).open("w")
+        except OSError as error:
+            message = f"no place for the socket of a private Redis: {error}; TMPDIR may name one"
+            raise BatonError(Cause.INTERNAL, message) from error
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        if len(os.fsencode(self.path / "redis.sock")) > _MAX_SOCKET_PATH:
+            self.remove()
+            message = f"{self.path} is too long for the socket of a private Redis: shorten TMPDIR"
+            raise BatonError(Cause.INTERNAL, message)
+
+    def last_words(self) -> str:
+        """The last line of the log of the Redis that was here."""
+        try:
+            lines = (self.path / "redis.log").read_text(errors="replace").splitlines()
+        except OSError:
+            return ""
+        return lines[-1] if lines else ""
 
     def remove(self) -> None:
         self._lock.close()

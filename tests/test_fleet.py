@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -11,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from baton.config import ServeConfig
-from baton.errors import InvalidRequest
+from baton.errors import BatonError, InvalidRequest
 from baton.fleet import Fleet, render_curl, render_table, serve
-from baton.redis_server import RedisFolder
+from baton.redis_server import RedisFolder, redis_command
 from baton.supervisor import BAD_SETTINGS, ChildSpec
 
 CLUSTER = {
@@ -92,6 +93,35 @@ def test_the_folder_of_a_killed_owner_goes_with_the_next_start(folders: Path) ->
     RedisFolder().remove()
     assert set(folders.iterdir()) == {alive.path}
     alive.remove()
+
+
+@pytest.mark.parametrize("place", ["nowhere", "long"])
+async def test_no_place_for_a_private_redis_is_one_line(
+    place: str, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folders / ("x" * 60) / ("y" * 60) if place == "long" else folders / "none"
+    if place == "long":
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with pytest.raises(BatonError, match=r"private Redis.* TMPDIR") as error:
+        await serve(ServeConfig(port=0))
+    assert "\n" not in error.value.message
+    if place == "long":
+        assert not list(folder.iterdir())
+        shutil.rmtree(folder.parent)
+
+
+async def test_why_redis_does_not_start_is_said(until, caplog) -> None:
+    fleet = Fleet(ServeConfig(port=0))
+    (fleet._folder.path / "redis.sock").mkdir()  # in its place
+    command = redis_command(fleet._folder.path)
+    child = fleet.supervisor.start(ChildSpec("redis", command, dict(os.environ), 5))
+    await until(lambda: child.num_restarts == 1)
+    assert "redis exited with 1; restarting" in caplog.text
+    assert "the last that redis said: " in caplog.text
+    assert "Unix socket" in caplog.text
+    await fleet.supervisor.stop()
+    fleet.clean()
 
 
 @pytest.mark.parametrize(
