@@ -157,6 +157,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()  # matched by the gateway (or LLM), never by the engine
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True  # in texts, which the gateway (or LLM) makes
     logprobs: int | None = None  # number of alternatives besides the sampled token; None = none
     processed_logprobs: bool = False  # after masks, bias and penalties; no field of the HTTP API
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit), by id

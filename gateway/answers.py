@@ -60,7 +60,6 @@ def start(
         prompt_param=prompt_param,
         salt=join_salt(b"", (body.cache_salt or "").encode()),
         priority=body.priority,
-        skip_special_tokens=not body.shows_special_tokens(context.defaults),
         structured_param=body.structured_param,
         beam_length_penalty=body.beam_length_penalty,
         wants_output=body.wants_output,

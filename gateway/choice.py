@@ -54,12 +54,10 @@ class Choice:
         tokenizer: Tokenizer,
         sampling: SamplingParams,
         eos_token_ids: tuple[int, ...],
-        *,
-        skip_special_tokens: bool,
     ) -> None:
         self.index = index
         self.finished = False
-        self._text = OutputText(tokenizer, sampling, skip_special_tokens=skip_special_tokens)
+        self._text = OutputText(tokenizer, sampling)
         self._eos_token_ids = () if sampling.ignore_eos else eos_token_ids
 
     @property

@@ -163,5 +163,5 @@ class CompletionShape:
     def _text_of(self, prompt: Prompt) -> str:
         if prompt.text is not None:
             return prompt.text
-        skip = self._generation.job.skip_special_tokens
+        skip = self._generation.job.sampling.skip_special_tokens
         return self._tokenizer.decode(prompt.token_ids, skip_special_tokens=skip)

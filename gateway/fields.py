@@ -227,6 +227,3 @@ class RequestFields(Fields):
             InvalidRequest: a value is out of range.
         """
         raise NotImplementedError
-
-    def shows_special_tokens(self, defaults: SamplingDefaults) -> bool:
-        raise NotImplementedError

@@ -31,7 +31,6 @@ class Job:
     prompt_param: str  # the field that prompts come from
     salt: bytes
     priority: int = 0
-    skip_special_tokens: bool = True
     beam_length_penalty: float | None = None  # None: no beam search
     structured_param: str = "structured_outputs"  # the field that `sampling`'s comes from
     wants_output: bool = True  # False: the prompt alone is of interest
@@ -275,7 +274,6 @@ class Generation:
             self._context.tokenizers.tokenizer,
             job.sampling,
             job.model.eos_token_ids,
-            skip_special_tokens=job.skip_special_tokens,
         )
 
 

@@ -103,7 +103,7 @@ class SamplingFields(Fields):
         Raises:
             InvalidRequest: a value is out of range.
         """
-        repetition = self.repetition_detection
+        repetition, skips = self.repetition_detection, self.skip_special_tokens
         self._check_beams()
         return SamplingParams(
             n=self.n,
@@ -121,6 +121,7 @@ class SamplingFields(Fields):
             stop=tuple(self.stop),
             stop_token_ids=self._stop_token_ids(defaults),
             include_stop_str_in_output=self.include_stop_str_in_output,
+            skip_special_tokens=defaults.skip_special_tokens if skips is None else skips,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs
             if self.prompt_logprobs is None
@@ -174,10 +175,6 @@ class SamplingFields(Fields):
                 "response_format and structured_outputs exclude each other", "structured_outputs"
             )
         return of_structured_outputs(self.structured_outputs)
-
-    def shows_special_tokens(self, defaults: SamplingDefaults) -> bool:
-        skip = self.skip_special_tokens
-        return not (defaults.skip_special_tokens if skip is None else skip)
 
     def _value(self, name: str, otherwise: float, defaults: SamplingDefaults) -> float:
         given = getattr(self, name)

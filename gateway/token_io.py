@@ -52,9 +52,6 @@ class GenerateRequest(RequestFields):
     def beam_length_penalty(self) -> float | None:
         return self.sampling_params.beam_length_penalty
 
-    def shows_special_tokens(self, defaults: SamplingDefaults) -> bool:
-        return self.sampling_params.shows_special_tokens(defaults)
-
 
 def token_io_router(context: Context, route_class: type[APIRoute]) -> APIRouter:
     router = APIRouter(route_class=route_class, tags=["Tokens"])

@@ -52,6 +52,17 @@ def test_every_form_of_prompt(llm: LLM) -> None:
         assert output.outputs[0].token_ids == outputs[0].outputs[0].token_ids
 
 
+def test_special_tokens_are_shown_to_whom_wants_them(llm: LLM) -> None:
+    tokenizer = llm.get_tokenizer()
+    ids = [next(iter(tokenizer.special_ids))] * 2
+    params = SamplingParams(allowed_token_ids=ids[:1], max_tokens=2, ignore_eos=True)
+    for skip, text in (True, ""), (False, tokenizer.decode(ids, skip_special_tokens=False)):
+        wanted = replace(params, skip_special_tokens=skip)
+        (output,) = llm.generate("a", wanted, use_tqdm=False)
+        assert (output.outputs[0].token_ids, output.outputs[0].text) == (ids, text)
+    assert text
+
+
 def test_outputs_hold_what_was_asked_for(llm: LLM) -> None:
     params = SamplingParams(n=3, seed=5, temperature=0.9, max_tokens=10, logprobs=2)
     (output,) = llm.generate("abc", params, use_tqdm=False)

@@ -13,10 +13,8 @@ class OutputText:
     Text of the first `min_tokens` tokens never stops and never takes part in a stop, as in vLLM.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, params: SamplingParams, *, skip_special_tokens: bool = True
-    ) -> None:
-        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=skip_special_tokens)
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
         self._matcher = StopStringMatcher(
             params.stop, include_stop=params.include_stop_str_in_output
         )

@@ -46,6 +46,7 @@ async def generate(llm: LLM, *args: Any) -> Any:
         {"presence_penalty": 1.0, "frequency_penalty": -1.0, "repetition_penalty": 1.5},
         {"max_tokens": 4, "min_tokens": 2, "ignore_eos": True, "seed": -9},
         {"stop": ("x", "yz"), "stop_token_ids": (7,), "include_stop_str_in_output": True},
+        {"skip_special_tokens": False},
         {"logit_bias": {5: 2.0, 9: -3.0}, "allowed_token_ids": (5, 9)},
         {"repetition_detection": RepetitionDetection(4, 2, 3)},
         {"structured_outputs": StructuredOutput.of(json={"type": "object"})},

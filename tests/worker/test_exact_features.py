@@ -93,7 +93,13 @@ BEAMS: dict[str, dict[str, Any]] = {
     "long beams": {"beam_width": 2, "max_tokens": 40, "length_penalty": 2.0, "ignore_eos": True},
 }
 # What the gateway makes of them has reached the worker's fields; scores of prompts: test_exact.
-OF_THE_GATEWAY = {"stop", "include_stop_str_in_output", "bad_words", "prompt_logprobs"}
+OF_THE_GATEWAY = {
+    "stop",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "bad_words",
+    "prompt_logprobs",
+}
 
 
 @pytest.mark.parametrize("name", MORE)
