@@ -44,4 +44,5 @@ class ServerTexts:
         try:
             return dict(await self._client.post_patiently(path, body))
         except ApiError as error:
-            raise DatasetError(f"{path}: {error.message}; --tokenizer DIR does without") from error
+            without = "" if error.param == "model" else "; --tokenizer DIR does without"
+            raise DatasetError(f"{path}: {error.message}{without}") from error

@@ -197,3 +197,13 @@ def test_latency_and_throughput_in_process(tiny_model: Path, tmp_path: Path) -> 
     assert result.exit_code == 1
     assert "Traceback" not in result.stderr
     assert "500 prompt tokens" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("param", [None, "model"])
+def test_a_server_without_a_tokenizer_is_told_from_one_without_the_model(param: str | None) -> None:
+    body = {"error": {"message": "no", "code": "x", "param": param}}
+    with serving(lambda path, _: Answer(body, 404)) as server:
+        result = bench_serve(server, *QUICK, "--model", "nope")
+    assert result.exit_code == 2
+    assert "/tokenize: no" in result.output
+    assert ("--tokenizer DIR" in result.output) is (param is None)
