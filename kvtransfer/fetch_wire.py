@@ -13,6 +13,14 @@ from baton.wire_prefix import chain_from_pb, chain_to_pb
 MAX_LANE_BYTES = 64 << 10
 _FRAME_TAG = 0x1A  # FetchReply.frame: field 3, length-delimited
 
+# Of Python's C API; made once, because each is a class of its own.
+_NEW_BYTES = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t)(
+    ("PyBytes_FromStringAndSize", ctypes.pythonapi)
+)
+_ADDRESS_OF_BYTES = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object)(
+    ("PyBytes_AsString", ctypes.pythonapi)
+)
+
 
 def encode_reply(reply: pb.FetchReply | bytes) -> bytes:
     """A FetchReply's bytes; a frame has them already, from `FrameMessages`."""
@@ -57,11 +65,8 @@ def _frame_prefix(num_bytes: int) -> bytes:
 def _unwritten_bytes(num_bytes: int) -> tuple[bytes, memoryview]:
     """New `bytes` of undefined content, and their memory, which may be written until somebody else
     sees them: the one case in which Python's C API allows that. The memory keeps the bytes."""
-    new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t)
-    address = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object)
-    message: bytes = new(("PyBytes_FromStringAndSize", ctypes.pythonapi))(None, num_bytes)
-    at = address(("PyBytes_AsString", ctypes.pythonapi))(message)
-    memory = (ctypes.c_ubyte * num_bytes).from_address(at)
+    message: bytes = _NEW_BYTES(None, num_bytes)
+    memory = (ctypes.c_ubyte * num_bytes).from_address(_ADDRESS_OF_BYTES(message))
     memory.keeps = message  # type: ignore[attr-defined]
     return message, memoryview(memory).cast("B")
 
