@@ -315,6 +315,7 @@ class FetchCall:
         # Replies: the answer, which has two parts by hash, and frames.
         self._num_allowed = 1 + self._by_hash + opening.initial_credit
         self._replies: Arrivals[pb.FetchReply | memoryview] = Arrivals()
+        self._tell: Callable[[BatonError], None] | None = None
         self.is_broken = False  # the connection, as far as can be known
         self.reading = asyncio.create_task(self._read_all())
 
@@ -344,14 +345,19 @@ class FetchCall:
             frames.append(reply)
         return frames
 
-    async def failure(self) -> BatonError:
-        """Why the call ended; for fetches whose frames do not come this way."""
-        try:
-            (reply,) = await self._replies.take(1)
-        except BatonError as error:
-            return error
-        kind = "frame" if isinstance(reply, memoryview) else reply.WhichOneof("message")
-        return BatonError(Cause.PROTOCOL, f"{kind} in a call beside the frames")
+    def watch(self, tell: Callable[[BatonError], None] | None) -> None:
+        """For fetches whose frames do not come this way: `tell` why the call ended, when it does.
+        None: nobody has to know any more."""
+        self._tell = tell
+        self._told()
+
+    def _told(self) -> None:
+        if self._tell is None:
+            return
+        if len(self._replies):
+            self._tell(BatonError(Cause.PROTOCOL, "a reply in a call beside the frames"))
+        elif self._replies.error is not None:
+            self._tell(self._replies.error)
 
     async def give(self, num_frames: int) -> None:
         self._num_allowed += num_frames
@@ -382,12 +388,14 @@ class FetchCall:
             while True:
                 reply = await self._call.read()
                 self._replies.put(self._checked(reply))
+                self._told()
         except grpc.aio.AioRpcError as error:
             failure = to_baton_error(error)
             self.is_broken |= failure.cause is Cause.TRANSPORT_FAILED
             self._replies.fail(failure)
         except BatonError as error:
             self._replies.fail(error)
+        self._told()
 
     def _checked(self, reply: Any) -> pb.FetchReply | memoryview:
         if reply is grpc.aio.EOF:

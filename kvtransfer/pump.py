@@ -93,7 +93,10 @@ class Consumer(Protocol):
     done: asyncio.Event  # it has verified everything
     device: DeviceMemory | None  # see `Staging.device`
 
-    async def opened(self, epoch: int, num_ready_tokens: int) -> None: ...
+    async def opened(self, epoch: int, num_ready_tokens: int) -> None:
+        """The answer, before any frame. May return before it has left: the first frames are packed
+        meanwhile."""
+        ...
 
     def buffer(self, num_bytes: int) -> memoryview:
         """See `Staging.buffer`."""
@@ -138,18 +141,11 @@ async def _serve(source: FrameSource, fetch: FetchOpen, consumer: Consumer) -> N
     attachment = await source.attach(fetch)
 
     async def send_all() -> None:
-        # The first frames are packed while the answer leaves.
-        opening = asyncio.create_task(
-            consumer.opened(attachment.epoch, attachment.num_ready_tokens)
-        )
+        await consumer.opened(attachment.epoch, attachment.num_ready_tokens)
         packed = ahead(attachment.frames(_Staging(consumer)), _PACK_AHEAD)
-        try:
-            async with aclosing(packed):  # also when sending fails: nothing is packed then either
-                async for frame in packed:
-                    await opening
-                    await consumer.send(frame)
-        finally:
-            await settle(opening)
+        async with aclosing(packed):  # also when sending fails: nothing is packed then either
+            async for frame in packed:
+                await consumer.send(frame)
 
     sending = asyncio.create_task(send_all())
     failing = asyncio.create_task(attachment.failed())
@@ -212,6 +208,13 @@ class Arrivals(Generic[T]):
         """Raised to the taker after what came before it. The first error stands."""
         self._error = self._error or error
         self._changed.set()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def error(self) -> BatonError | None:
+        return self._error
 
     def clear(self) -> None:
         self._items.clear()
@@ -320,7 +323,7 @@ async def settle(*tasks: asyncio.Task[Any]) -> None:
     cancelled meanwhile does not cut the wait short."""
     for task in tasks:
         task.cancel()
-    if tasks:
+    if not all(task.done() for task in tasks):
         await uninterrupted(asyncio.wait(tasks))
     for task in tasks:
         if not task.cancelled():

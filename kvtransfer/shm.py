@@ -8,7 +8,6 @@ left of it when both processes are gone, however they ended.
     lane    "BLS1", number of slots (u16, little-endian), token of the connection (32 bytes)
 """
 
-import asyncio
 import secrets
 import struct
 import time
@@ -16,8 +15,8 @@ from collections import deque
 
 from baton.errors import BatonError, Cause
 from baton.kvtransfer.base import FetchOpen, FrameSink, FrameSource
-from baton.kvtransfer.calls import FetchCall, FetchCalls
-from baton.kvtransfer.pump import MAX_CREDIT, FetchScope, answer_in_time, settle, take_frames
+from baton.kvtransfer.calls import FetchCalls
+from baton.kvtransfer.pump import MAX_CREDIT, FetchScope, answer_in_time, take_frames
 from baton.kvtransfer.shm_inlet import Inlet
 from baton.kvtransfer.shm_outlet import Listener, ShmLane
 from baton.kvtransfer.shm_socket import TOKEN_BYTES, Place
@@ -69,7 +68,6 @@ class ShmTransport:
         inlet = self._connect(peer.path, token, fetch.initial_credit)
         lane = _LANE.pack(_MAGIC, fetch.initial_credit, token)
         call = self._calls.call(peer.host, self.name, fetch, lane)
-        watching: list[asyncio.Task[None]] = []
 
         async def give(num_frames: int) -> None:
             inlet.allow(num_frames)
@@ -77,16 +75,13 @@ class ShmTransport:
 
         try:
             sink.opened(*await answer_in_time(call.answer()))
-            watching.append(asyncio.create_task(_watch(call, inlet)))
+            call.watch(inlet.fail)  # its end is the end of the frames too
             received = await take_frames(inlet.take, sink, fetch.initial_credit, give)
         except BaseException as error:
             inlet.close()
-            try:
-                await call.cancel(error)
-            finally:
-                await settle(*watching)
+            await call.cancel(error)
             raise
-        await settle(*watching)
+        call.watch(None)
         self._keep(peer.path, inlet)
         self._calls.finish(call)
         return TransferStats(
@@ -131,8 +126,3 @@ class ShmTransport:
         while self._idle:
             self._idle.popleft()[1].close()
         self._listener.close()
-
-
-async def _watch(call: FetchCall, inlet: Inlet) -> None:
-    """The call's end is the end of the frames too."""
-    inlet.fail(await call.failure())

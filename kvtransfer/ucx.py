@@ -32,10 +32,10 @@ from baton.kvtransfer.base import (
     Incoming,
     Outgoing,
 )
-from baton.kvtransfer.calls import FetchCall, FetchCalls
+from baton.kvtransfer.calls import FetchCalls
 from baton.kvtransfer.frames import MAX_FRAME_BYTES, is_payload_beside
 from baton.kvtransfer.memory import heap_buffer
-from baton.kvtransfer.pump import FetchScope, answer_in_time, settle, take_frames
+from baton.kvtransfer.pump import FetchScope, answer_in_time, take_frames
 from baton.kvtransfer.shm_socket import boot_id
 from baton.kvtransfer.ucx_worker import Endpoint, UcxWorker, settings_for
 from baton.rpc import is_loopback
@@ -92,7 +92,6 @@ class UcxTransport:
         mailbox = _Mailbox(self._worker, tag, fetch.initial_credit, self._device)
         lane = lane_to_bytes(tag, MAX_FRAME_BYTES, self._worker.address)
         call = self._calls.call(peer.address.partition("/")[0], self.name, fetch, lane)
-        watching: list[asyncio.Task[None]] = []
 
         async def give(num_frames: int) -> None:
             mailbox.allow(num_frames)
@@ -101,18 +100,16 @@ class UcxTransport:
         failure: BaseException | None = None
         try:
             sink.opened(*await answer_in_time(call.answer()))
-            watching.append(asyncio.create_task(_watch(call, mailbox)))
+            call.watch(mailbox.fail)  # its end is the end of the messages too
             received = await take_frames(mailbox.take, sink, fetch.initial_credit, give)
         except BaseException as error:
             failure = error
             raise
         finally:
             mailbox.close(is_drained=failure is None)
-            try:
-                if failure is not None:
-                    await call.cancel(failure)
-            finally:
-                await settle(*watching)
+            call.watch(None)
+            if failure is not None:
+                await call.cancel(failure)
         self._calls.finish(call)
         return TransferStats(
             self.name,
@@ -247,11 +244,6 @@ class _Mailbox:
         self._worker.close_inbox(self._tag, is_drained)
         if self._payloads is not None:
             self._worker.close_inbox(self._tag ^ 1, is_drained)
-
-
-async def _watch(call: FetchCall, mailbox: _Mailbox) -> None:
-    """The call's end is the end of the messages too."""
-    mailbox.fail(await call.failure())
 
 
 def lane_to_bytes(tag: int, max_frame_bytes: int, address: bytes) -> bytes:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from baton.errors import BatonError, Cause
 from baton.kvtransfer.base import Buffers
-from baton.kvtransfer.calls import _CallConsumer, _Replies
+from baton.kvtransfer.calls import FetchCall, _CallConsumer, _Replies
 from baton.kvtransfer.fetch_wire import (
     FrameMessages,
     decode_reply,
@@ -272,3 +272,53 @@ async def test_done_before_the_frames_are_taken_ends_the_fetch(
     attachment = await source.attachment()
     await asyncio.wait_for(attachment.closed.wait(), 20)
     assert attachment.is_done
+
+
+class ScriptedCall:
+    """gRPC's end of a call that answers with these replies, then ends."""
+
+    def __init__(self, *replies: Any) -> None:
+        self._replies = [*replies, grpc.aio.EOF]
+
+    async def write(self, _request: Any) -> None: ...
+
+    async def read(self) -> Any:
+        await asyncio.sleep(0)
+        return self._replies.pop(0)
+
+
+OPENED = pb.FetchReply(opened=pb.FetchOpened(epoch=5, num_ready_tokens=7))
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize(
+    ("replies", "cause"),
+    [
+        ((), Cause.TRANSPORT_FAILED),
+        ((memoryview(b"a frame"),), Cause.PROTOCOL),
+        ((OPENED,), Cause.PROTOCOL),
+        ((pb.FetchReply(failed=pb.FetchFailed(cause=46)),), Cause.LEASE_UNKNOWN),
+    ],
+)
+async def test_who_watches_a_call_beside_frames_hears_why_it_ended(
+    replies: tuple[Any, ...], cause: Cause, is_late: bool
+) -> None:
+    """Also if that came before anybody watched."""
+    told: list[BatonError] = []
+    call = FetchCall(ScriptedCall(OPENED, *replies), opening())
+    assert await call.answer() == (5, 7)
+    if is_late:
+        await asyncio.wait({call.reading})
+    call.watch(told.append)
+    await asyncio.wait({call.reading})
+    assert told[0].cause is cause
+
+
+async def test_who_has_everything_is_told_nothing() -> None:
+    told: list[BatonError] = []
+    call = FetchCall(ScriptedCall(OPENED), opening())
+    await call.answer()
+    call.watch(told.append)
+    call.watch(None)
+    await asyncio.wait({call.reading})
+    assert not told
