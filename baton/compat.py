@@ -26,10 +26,19 @@ def pair_conflict(producer: WorkerInfo, consumer: WorkerInfo) -> tuple[Cause, st
         return Cause.UNSUPPORTED, (
             f"protocol {producer.protocol[0]} against {consumer.protocol[0]}"
         )
-    conflict = layout_conflict(producer.layout, consumer.layout)
     if producer.fingerprint != consumer.fingerprint:
-        how = conflict or f"{producer.model} against {consumer.model}"
-        return Cause.MODEL_MISMATCH, f"model fingerprints differ: {how}"
+        return Cause.MODEL_MISMATCH, f"model fingerprints differ: {_difference(producer, consumer)}"
+    conflict = layout_conflict(producer.layout, consumer.layout)
     if conflict is not None:
         return Cause.LAYOUT_INCOMPATIBLE, conflict
     return None
+
+
+def _difference(one: WorkerInfo, other: WorkerInfo) -> str:
+    """What people can see of two models that are not the same."""
+    conflict = layout_conflict(one.layout, other.layout)
+    if conflict is not None:
+        return conflict
+    if one.model != other.model:
+        return f"{one.model} against {other.model}"
+    return "other weights or another config.json"

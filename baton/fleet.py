@@ -96,7 +96,8 @@ class Fleet:
         return env | own | {"PYTHONSAFEPATH": "1", "TMPDIR": str(self._folder.path)}
 
     def _may_restart(self, name: str, status: int) -> bool:
-        if name == "redis" and (words := self._folder.last_words()):
+        ended_by_itself = status > 0
+        if name == "redis" and ended_by_itself and (words := self._folder.last_words()):
             log.warning("the last that redis said: %s", words)
         if self.is_up or status != BAD_SETTINGS:
             return True

@@ -89,3 +89,6 @@ def test_a_model_of_another_dtype_or_name_is_named() -> None:
     conflict = pair_conflict(INFO, replace(INFO, fingerprint=b"o" * 32, model="n"))
     assert conflict is not None
     assert conflict[1] == "model fingerprints differ: m against n"
+    conflict = pair_conflict(INFO, replace(INFO, fingerprint=b"o" * 32))
+    assert conflict is not None
+    assert conflict[1] == "model fingerprints differ: other weights or another config.json"
