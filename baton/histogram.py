@@ -1,8 +1,8 @@
-"""A Prometheus histogram for what happens with every token.
+"""A Prometheus histogram for an event loop that observes with every token and request.
 
 `prometheus_client`'s own walks through its buckets, takes two locks for each value and finds the
 labels behind a third; for two series that was a tenth of what the gateway spent on a token. Here a
-value is one bisection.
+value is one bisection, and there are no locks: one thread does everything.
 """
 
 from bisect import bisect_left
@@ -15,8 +15,8 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 
-class TokenHistogram(Collector):
-    """Exposes what `prometheus_client.Histogram` does. Observed and collected by one thread."""
+class LoopHistogram(Collector):
+    """Exposes what `prometheus_client.Histogram` does."""
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ import sys
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from baton.histogram import TokenHistogram
+from baton.histogram import LoopHistogram
 from baton.settings import LogSettings
 from baton.vllm_metrics import VllmMetrics
 
@@ -33,11 +33,6 @@ class _Metrics:
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"baton_{name}", text, labels, registry=self.registry)
-
-    def _seconds(self, name: str, text: str, *labels: str) -> Histogram:
-        return Histogram(
-            f"baton_{name}_seconds", text, labels, registry=self.registry, buckets=_LATENCY_S
-        )
 
 
 class GatewayMetrics(_Metrics):
@@ -61,16 +56,15 @@ class GatewayMetrics(_Metrics):
         self._declare_hand_off()
         self._declare_fleet()
 
+    def _seconds(self, name: str, text: str, *labels: str) -> LoopHistogram:
+        return LoopHistogram(
+            f"baton_{name}_seconds", text, labels, buckets=_LATENCY_S, registry=self.registry
+        )
+
     def _declare_latencies(self) -> None:
         self.ttft_s = self._seconds("time_to_first_token", "From arrival to the first token.")
         self.ttft_phase_s = self._seconds("ttft_phase", "Parts of TTFT; they sum to it.", "phase")
-        self.itl_s = TokenHistogram(
-            "baton_inter_token_latency_seconds",
-            "Between two chunks of one choice.",
-            (),
-            buckets=_LATENCY_S,
-            registry=self.registry,
-        )
+        self.itl_s = self._seconds("inter_token_latency", "Between two chunks of one choice.")
         self.tpot_s = self._seconds(
             "time_per_output_token", "(last token - first token) / (output tokens - 1)."
         )
@@ -144,6 +138,11 @@ class WorkerMetrics(_Metrics):
         )
         self.failures = self._counter("leg_failures", "Legs that failed here.", "cause")
         self._declare_exchange()
+
+    def _seconds(self, name: str, text: str, *labels: str) -> Histogram:
+        return Histogram(
+            f"baton_{name}_seconds", text, labels, registry=self.registry, buckets=_LATENCY_S
+        )
 
     def _declare_exchange(self) -> None:
         self.lease_events = self._counter("kv_lease_events", "What became of KV leases.", "event")

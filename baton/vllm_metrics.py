@@ -8,9 +8,9 @@ as it does there.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from baton.histogram import TokenHistogram
+from baton.histogram import LoopHistogram
 from baton.types import SamplingParams, TransferStats, WorkerSnapshot
 
 _LABELS = ("model_name", "engine")
@@ -70,7 +70,7 @@ class VllmMetrics:
     # ── told ─────────────────────────────────────────────────────────────────────────────────────
 
     def first_token(self, model: str, ttft_s: float) -> None:
-        self._ttft.labels(model, "0").observe(ttft_s)
+        self._ttft.observe(ttft_s, (model, "0"))
 
     def next_token(self, model: str, itl_s: float) -> None:
         self._itl.observe(itl_s, (model, "0"))
@@ -87,26 +87,26 @@ class VllmMetrics:
         self._prompt_tokens_cached.labels(*labels).inc(span.num_cached_tokens)
         self._prefix_queries.labels(*labels).inc(span.num_prompt_tokens)
         self._prefix_hits.labels(*labels).inc(span.num_cached_tokens)
-        self._request_prompt_tokens.labels(*labels).observe(span.num_prompt_tokens)
-        self._computed_tokens.labels(*labels).observe(computed)
-        self._params_n.labels(*labels).observe(span.sampling.n)
+        self._request_prompt_tokens.observe(span.num_prompt_tokens, labels)
+        self._computed_tokens.observe(computed, labels)
+        self._params_n.observe(span.sampling.n, labels)
         if span.sampling.max_tokens is not None:
-            self._params_max_tokens.labels(*labels).observe(span.sampling.max_tokens)
-        self._e2e.labels(*labels).observe(span.ended_s - span.started_s)
+            self._params_max_tokens.observe(span.sampling.max_tokens, labels)
+        self._e2e.observe(span.ended_s - span.started_s, labels)
         self._observe_choices(labels, span)
         for transfer in span.transfers:
-            self._transfer_s.labels(*labels).observe(transfer.duration_ms / 1e3)
-            self._transfer_bytes.labels(*labels).observe(transfer.num_bytes)
+            self._transfer_s.observe(transfer.duration_ms / 1e3, labels)
+            self._transfer_bytes.observe(transfer.num_bytes, labels)
 
     def _observe_choices(self, labels: tuple[str, str], span: RequestSpan) -> None:
         for choice in span.choices:
             reason = choice.finish_reason or ("error" if span.is_error else "abort")
             self._success.labels(*labels, reason).inc()
             self._generation_tokens.labels(*labels).inc(choice.num_tokens)
-            self._request_generation_tokens.labels(*labels).observe(choice.num_tokens)
+            self._request_generation_tokens.observe(choice.num_tokens, labels)
             if choice.num_tokens > 1:
                 tpot_s = (choice.last_s - choice.first_s) / (choice.num_tokens - 1)
-                self._tpot.labels(*labels).observe(tpot_s)
+                self._tpot.observe(tpot_s, labels)
         if not span.choices:
             self._success.labels(*labels, "error" if span.is_error else "abort").inc()
             return
@@ -114,20 +114,20 @@ class VllmMetrics:
         last_s = max(choice.last_s for choice in span.choices)
         began_s = min(span.opened_s + span.queue_s, first_s)
         longest = max(choice.num_tokens for choice in span.choices)
-        self._longest_generation.labels(*labels).observe(longest)
-        self._queue.labels(*labels).observe(began_s - span.opened_s)
-        self._prefill.labels(*labels).observe(first_s - began_s)
-        self._decode.labels(*labels).observe(last_s - first_s)
-        self._inference.labels(*labels).observe(last_s - began_s)
+        self._longest_generation.observe(longest, labels)
+        self._queue.observe(began_s - span.opened_s, labels)
+        self._prefill.observe(first_s - began_s, labels)
+        self._decode.observe(last_s - first_s, labels)
+        self._inference.observe(last_s - began_s, labels)
 
     def pooled(self, model: str, num_tokens: int, took_s: float, reason: str) -> None:
         """A request for embeddings or scores has ended; `reason` is a finished_reason."""
         labels = (model, "0")
         self._prompt_tokens.labels(*labels).inc(num_tokens)
         self._prompt_tokens_by_source.labels(*labels, "local_compute").inc(num_tokens)
-        self._request_prompt_tokens.labels(*labels).observe(num_tokens)
+        self._request_prompt_tokens.observe(num_tokens, labels)
         self._success.labels(*labels, reason).inc()
-        self._e2e.labels(*labels).observe(took_s)
+        self._e2e.observe(took_s, labels)
 
     def refused(self, model: str, reason: str) -> None:
         """A request was turned away for lack of capacity; `reason` is a cause in lower case."""
@@ -181,13 +181,7 @@ class VllmMetrics:
 
     def _declare_times(self) -> None:
         self._ttft = self._histogram("time_to_first_token_seconds", "TTFT.", _TTFT_S)
-        self._itl = TokenHistogram(
-            "vllm:inter_token_latency_seconds",
-            "ITL.",
-            _LABELS,
-            buckets=_TPOT_S,
-            registry=self._registry,
-        )
+        self._itl = self._histogram("inter_token_latency_seconds", "ITL.", _TPOT_S)
         self._tpot = self._histogram(
             "request_time_per_output_token_seconds", "TPOT of a request.", _TPOT_S
         )
@@ -231,7 +225,7 @@ class VllmMetrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"vllm:{name}", text, (*_LABELS, *labels), registry=self._registry)
 
-    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
-        return Histogram(
-            f"vllm:{name}", text, _LABELS, registry=self._registry, buckets=tuple(buckets)
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> LoopHistogram:
+        return LoopHistogram(
+            f"vllm:{name}", text, _LABELS, buckets=buckets, registry=self._registry
         )

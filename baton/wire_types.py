@@ -107,13 +107,14 @@ def chunk_from_pb(message: pb.TokenChunk) -> TokenChunk:
     check_len(ids, MAX_TOKENS, "token_ids")
     if logprobs and len(logprobs) != len(ids):
         raise refuse("logprobs do not match token_ids")
+    reason = message.finish_reason
     return TokenChunk(
         leg_from_pb(message.leg),
         message.choice,
         message.start,
         tuple(ids),
         tuple(map(_logprobs_from_pb, logprobs)) if logprobs else (),
-        _finish_reason(message.finish_reason),
+        _finish_reason(reason) if reason else None,
         message.stop_token_id if message.HasField("stop_token_id") else None,
     )
 
@@ -156,9 +157,7 @@ def score_reply_from_pb(message: worker_pb2.ScoreReply) -> tuple[int, tuple[Logp
     return message.start, tuple(map(_logprobs_from_pb, message.logprobs))
 
 
-def _finish_reason(number: int) -> FinishReason | None:
-    if number == 0:
-        return None
+def _finish_reason(number: int) -> FinishReason:
     try:
         return FinishReason(number)
     except ValueError:

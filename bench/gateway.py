@@ -80,7 +80,8 @@ def run_gateway(url: str, pipe: Connection, profile: bool) -> None:
     profiler = cProfile.Profile(time.thread_time)
     if profile:
         profiler.enable()
-    asyncio.run(main())
+    with server.event_loop() as runner:
+        runner.run(main())
     profiler.disable()
     pipe.send(stalls)
     if profile:
@@ -105,7 +106,8 @@ def run_echo(chunks: list[bytes], pipe: Connection) -> None:
     listener = server.listen("127.0.0.1", 0, 60.0)
     pipe.send(listener.getsockname()[1])
     config = uvicorn.Config(app, http="httptools", log_level="warning", access_log=False)
-    asyncio.run(uvicorn.Server(config).serve([listener]))
+    with server.event_loop() as runner:  # the same, which is also uvicorn's own choice
+        runner.run(uvicorn.Server(config).serve([listener]))
 
 
 @contextmanager

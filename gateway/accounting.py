@@ -109,7 +109,7 @@ class RequestRecord:
         if self._metrics.vllm is not None:
             self._metrics.vllm.first_token(self._model, ttft_ms / 1e3)
         for phase, part_ms in self._phases_ms.items():
-            self._metrics.ttft_phase_s.labels(phase).observe(part_ms / 1e3)
+            self._metrics.ttft_phase_s.observe(part_ms / 1e3, (phase,))
 
     def close(self, reports: Sequence[RequestReport]) -> None:
         """`reports`: one for each prompt that was opened. Idempotent."""
@@ -156,7 +156,7 @@ class RequestRecord:
             metrics.fetched_prefix_tokens.inc(prefix.num_tokens)
         for transfer in (*report.transfers, *_moved(report)):
             metrics.kv_transfer_bytes.labels(transfer.transport).inc(transfer.num_bytes)
-            metrics.kv_transfer_s.labels(transfer.transport).observe(transfer.duration_ms / 1e3)
+            metrics.kv_transfer_s.observe(transfer.duration_ms / 1e3, (transfer.transport,))
         for migration in report.migrations:
             metrics.migrations.labels(migration.cause.value, migration.result.value).inc()
             metrics.migration_bytes.labels(migration.cause.value).inc(migration.num_bytes)

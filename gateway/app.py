@@ -65,17 +65,21 @@ def create_app(
         responses=ERROR_RESPONSES,
     )
     route_class = json_route(context.limits, _refusal_counter(context))
-    app.include_router(completions.completions_router(context, route_class))
-    app.include_router(chat.chat_router(context, route_class))
-    app.include_router(anthropic.messages_router(context, route_class))
-    app.include_router(embeddings.embeddings_router(context, route_class))
-    app.include_router(scoring.scoring_router(context, route_class))
-    app.include_router(responses_router(context, responses or ResponseService(), route_class))
-    app.include_router(invocations.invocations_router(context, route_class))
-    app.include_router(tokenization.tokenization_router(context, route_class))
-    app.include_router(token_io.token_io_router(context, route_class))
-    app.include_router(models.models_router(context))
-    app.include_router(cluster.cluster_router(context))
+    for router in (
+        completions.completions_router(context, route_class),
+        chat.chat_router(context, route_class),
+        anthropic.messages_router(context, route_class),
+        embeddings.embeddings_router(context, route_class),
+        scoring.scoring_router(context, route_class),
+        responses_router(context, responses or ResponseService(), route_class),
+        invocations.invocations_router(context, route_class),
+        tokenization.tokenization_router(context, route_class),
+        token_io.token_io_router(context, route_class),
+        models.models_router(context),
+        cluster.cluster_router(context),
+    ):
+        # As they are: an included router is searched, with its context, for every request.
+        app.router.routes.extend(router.routes)
     _add_probes(app, context)
     context.metrics.registry.register(LinkMetrics(lambda: context.backend.topology().links))
     on_exception = _exception_handler(context)

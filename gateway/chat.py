@@ -22,6 +22,7 @@ from baton.gateway.backend import ServedModel
 from baton.gateway.chat_message import ChoiceMessage, MessageStyle
 from baton.gateway.choice import Delta, joined
 from baton.gateway.context import Context
+from baton.gateway.events import TextEvents
 from baton.gateway.generation import Generation, Usage
 from baton.gateway.logprobs import LogprobWriter
 from baton.gateway.openai import ChatCompletionRequest
@@ -132,12 +133,19 @@ class ChatShape:
             if body.logprobs
             else None
         )
+        self._text_events = TextEvents(
+            lambda index, text: self._bare_chunk(index, {"content": text}, None)
+        )
 
-    def chunks(self, delta: Delta, usage: Usage | None) -> Sequence[dict[str, Any]]:
+    def chunks(self, delta: Delta, usage: Usage | None) -> Sequence[dict[str, Any] | bytes]:
         fields = self._message(delta.index).push(delta)
+        says_more = self._logprobs or self._return_token_ids or delta.finish_reason is not None
+        if not (delta.first or says_more) and usage is None and len(fields) == 1:
+            text = fields[0].get("content")
+            if text is not None:
+                return (self._text_events.write(delta.index, text),)
         chunks = [*self._opening(delta.index, usage)] if delta.first else []
         chunks += [self._bare_chunk(delta.index, part, usage) for part in fields[:-1]]
-        says_more = self._logprobs or self._return_token_ids or delta.finish_reason is not None
         if fields or says_more:
             last = {**self._chunk, "choices": [self._choice_of(delta, fields[-1:])]}
             if delta.finish_reason is not None and not self._usage_chunk_follows:

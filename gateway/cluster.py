@@ -8,11 +8,12 @@ from fastapi import APIRouter
 import baton
 from baton.gateway.backend import ClusterView, Disaggregation, LinkView, WorkerView
 from baton.gateway.context import Context
+from baton.gateway.errors import ERROR_RESPONSES
 from baton.telemetry import GatewayMetrics
 
 
 def cluster_router(context: Context) -> APIRouter:
-    router = APIRouter(tags=["Operations"])
+    router = APIRouter(tags=["Operations"], responses=ERROR_RESPONSES)
 
     @router.get("/v1/cluster")
     async def get_cluster() -> dict[str, Any]:

@@ -24,6 +24,17 @@ class OutputLog:
         self._choices = [_Choice() for _ in range(num_choices)]
         self.num_defects = 0
 
+    def append(self, chunk: TokenChunk) -> bool:
+        """Commit a chunk that is the next tokens of a choice and not its end, as nearly all are.
+        False for every other, which `commit` has to look at."""
+        if chunk.choice >= len(self._choices) or chunk.finish_reason is not None:
+            return False
+        choice = self._choices[chunk.choice]
+        if choice.finished or chunk.start != len(choice.token_ids) or not chunk.token_ids:
+            return False
+        choice.token_ids += chunk.token_ids
+        return True
+
     def commit(self, chunk: TokenChunk) -> TokenChunk | None:
         """Append what is new and return it; None when nothing is.
 

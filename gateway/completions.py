@@ -20,6 +20,7 @@ from baton.gateway.answers import (
 from baton.gateway.backend import ServedModel
 from baton.gateway.choice import Delta, joined
 from baton.gateway.context import Context
+from baton.gateway.events import TextEvents
 from baton.gateway.generation import Generation, Usage
 from baton.gateway.logprobs import LogprobWriter
 from baton.gateway.openai import CompletionRequest
@@ -99,14 +100,22 @@ class CompletionShape:
                 with_ranks=body.return_token_ids,
             )
         )
+        self._is_text_only = not (self._logprobs or self._return_token_ids or self._echo)
+        self._text_events = TextEvents(self._text_chunk)
 
-    def chunks(self, delta: Delta, usage: Usage | None) -> Sequence[dict[str, Any]]:
+    def chunks(self, delta: Delta, usage: Usage | None) -> Sequence[dict[str, Any] | bytes]:
+        if self._is_text_only and usage is None and delta.finish_reason is None:
+            return (self._text_events.write(delta.index, delta.text),)
         chunk = {**self._envelope, "choices": [self._choice(delta)]}
         if delta.finish_reason is not None and not self._usage_chunk_follows:
             chunk["system_fingerprint"] = FINGERPRINT
         if usage is not None:
             chunk["usage"] = usage_body(usage)
         return (chunk,)
+
+    def _text_chunk(self, index: int, text: str) -> dict[str, Any]:
+        delta = Delta(index, text, (), (), first=False)
+        return {**self._envelope, "choices": [self._choice(delta)]}
 
     def last_chunks(self, usage: Usage) -> Sequence[dict[str, Any]]:
         chunk = {

@@ -220,9 +220,14 @@ class Dispatcher:
             by_request.setdefault(message.leg.request_id, []).append(message)
         for request_id, messages in by_request.items():
             machine = self._machines.get(request_id)
-            if machine is not None:
-                effects = machine.on_messages(messages, now_ms, step_ms)
-                self._carry_out(request_id, machine, effects, now_ms)
+            if machine is None:
+                continue
+            emit = machine.pass_on(messages[0], now_ms) if len(messages) == 1 else None
+            if emit is not None:
+                self._deliver(request_id, emit)
+                continue
+            effects = machine.on_messages(messages, now_ms, step_ms)
+            self._carry_out(request_id, machine, effects, now_ms)
         if worker.state is WorkerState.STUCK:
             self._drop(worker_id)
         elif self._parked:

@@ -127,21 +127,32 @@ class Generation:
                 yield Delta(index, "", (), (), True, "length")
             return
         self._open(requests)
-        async with aclosing(_merge(self._streams)) as chunks:
-            async for number, chunk in chunks:
-                choice = self._choices[number * self.job.sampling.n + chunk.choice]
-                if choice.finished:
-                    continue  # surplus behind a stop string
-                delta = choice.push(chunk)
-                if choice.stopped_by_string:
-                    self._streams[number].finish_choice(chunk.choice)
-                if not self.record.has_token:
-                    self._first = self._streams[number]
-                self.record.token(delta)
-                yield delta
+        if len(self._streams) == 1:  # no task for each token
+            async for chunk in self._streams[0]:
+                if (delta := self._delta(0, chunk)) is not None:
+                    yield delta
+        else:
+            async with aclosing(_merge(self._streams)) as chunks:
+                async for number, chunk in chunks:
+                    if (delta := self._delta(number, chunk)) is not None:
+                        yield delta
         self._raise_failure()
         if not self.aborted and not all(choice.finished for choice in self._choices):
             raise BatonError(Cause.INTERNAL, "a stream ended before its choices did")
+
+    def _delta(self, number: int, chunk: TokenChunk) -> Delta | None:
+        """What a chunk of the stream with this number brings the client; None: it is surplus behind
+        a stop string."""
+        choice = self._choices[number * self.job.sampling.n + chunk.choice]
+        if choice.finished:
+            return None
+        delta = choice.push(chunk)
+        if choice.stopped_by_string:
+            self._streams[number].finish_choice(chunk.choice)
+        if not self.record.has_token:
+            self._first = self._streams[number]
+        self.record.token(delta)
+        return delta
 
     async def prepare(self) -> Sequence[Request]:
         """What workers are to be asked, one for each prompt.
@@ -279,10 +290,6 @@ class Generation:
 
 async def _merge(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, TokenChunk]]:
     """(number of the stream, chunk) as they come. Raises what the first failing stream raises."""
-    if len(streams) == 1:  # no task per token
-        async for chunk in streams[0]:
-            yield 0, chunk
-        return
     pending = {asyncio.create_task(_next(stream)): n for n, stream in enumerate(streams)}
     try:
         while pending:

@@ -19,6 +19,7 @@ from baton.gateway.backend import MigrationCause, MigrationResult
 from baton.gateway.legs import (
     DecodeLeg,
     Effect,
+    Emit,
     MachineConfig,
     Phase,
     Planner,
@@ -29,6 +30,8 @@ from baton.gateway.request_machine import RequestMachine
 from baton.gateway.router import Need, Refusal
 from baton.messages import Abort, Bind, ComputeLocally, Imported, LegMessage, Release, Submit
 from baton.types import LegId, Request, TokenChunk
+
+_DECODES = (Phase.DECODING, Phase.LOCAL)
 
 
 @dataclass(slots=True)
@@ -74,7 +77,7 @@ class MigratingMachine(RequestMachine):
         if self.ended is not None or decode is None:
             return None
         has_begun = all(self._output.length(choice) for choice in self._output.open_choices)
-        is_running = decode.phase in {Phase.DECODING, Phase.LOCAL}
+        is_running = decode.phase in _DECODES
         return decode.info.worker_id if has_begun and is_running else None
 
     @property
@@ -131,6 +134,24 @@ class MigratingMachine(RequestMachine):
         if target is not None and is_open and len(self._output.open_choices) > 1:
             self._send(target.info, Abort(target.leg, choice))
         return super().on_choice_finished(choice, now_ms)
+
+    def pass_on(self, message: LegMessage, now_ms: float) -> Emit | None:
+        """The short way for what nearly all messages are: the next token of a request that decodes
+        undisturbed, after which there is nothing to decide. None: `on_messages` has to see it."""
+        decode = self._decode
+        if (
+            type(message) is TokenChunk
+            and decode is not None
+            and decode.phase in _DECODES
+            and message.leg == decode.leg
+            and self._migration is None
+            and self._interrupted is None
+            and self._timeline.is_decoding
+            and now_ms < self.deadline_ms
+            and self._output.append(message)
+        ):
+            return Emit(message)
+        return None
 
     # ── legs ─────────────────────────────────────────────────────────────────────────────────────
 

@@ -7,10 +7,11 @@ from fastapi import APIRouter, HTTPException
 
 from baton.gateway.backend import ServedModel
 from baton.gateway.context import Context
+from baton.gateway.errors import ERROR_RESPONSES
 
 
 def models_router(context: Context) -> APIRouter:
-    router = APIRouter(tags=["OpenAI"])
+    router = APIRouter(tags=["OpenAI"], responses=ERROR_RESPONSES)
     created = int(time.time())  # for people; nothing is measured with it
 
     @router.get("/v1/models")

@@ -4,6 +4,7 @@ from it. Implements `baton.gateway.backend.Backend`; everything runs on one even
 
 import asyncio
 import logging
+import time
 from collections import deque
 
 from baton.config import GatewayConfig
@@ -114,6 +115,7 @@ class Orchestrator:
         self._closing: set[asyncio.Task[None]] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._timer: asyncio.TimerHandle | None = None
+        self._wake_ms = float("inf")  # when it is due
         self._draining = False
 
     # ── life ─────────────────────────────────────────────────────────────────────────────────────
@@ -302,21 +304,24 @@ class Orchestrator:
 
     # ── time ─────────────────────────────────────────────────────────────────────────────────────
 
-    def _now_ms(self) -> float:
-        return asyncio.get_running_loop().time() * 1e3
+    @staticmethod
+    def _now_ms() -> float:
+        return time.monotonic() * 1e3  # a loop's own clock may count in whole milliseconds
 
     def _set_timer(self) -> None:
         wake_ms = self._dispatcher.next_wake_ms
+        if wake_ms == self._wake_ms:
+            return
+        self._wake_ms = wake_ms
         if self._timer is not None:
-            if not self._timer.cancelled() and self._timer.when() * 1e3 == wake_ms:
-                return
             self._timer.cancel()
             self._timer = None
         if wake_ms < float("inf"):
-            self._timer = asyncio.get_running_loop().call_at(wake_ms / 1e3, self._tick)
+            delay_s = max(wake_ms - self._now_ms(), 0.0) / 1e3
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._tick)
 
     def _tick(self) -> None:
-        self._timer = None
+        self._timer, self._wake_ms = None, float("inf")
         self._dispatcher.tick(self._now_ms())
         self._set_timer()
 

@@ -9,6 +9,7 @@ connects again, with back-off, until it is closed.
 import asyncio
 import logging
 import random
+import time
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -134,7 +135,7 @@ class WorkerSession:
     async def _read(self, call: SessionCall) -> str:
         try:
             async for raw in call:
-                self._last_heard_s = asyncio.get_running_loop().time()
+                self._last_heard_s = time.monotonic()
                 self._take(worker_message_from_pb(raw))
         except grpc.aio.AioRpcError as error:
             return to_baton_error(error).message
@@ -193,16 +194,15 @@ class WorkerSession:
     async def _watch(self) -> str:
         """Silence, counted in looks at the clock, so that a pause of this process (a stopped
         container, a slept laptop) does not look like the death of everybody else."""
-        loop = asyncio.get_running_loop()
         look_s = self._config.heartbeat_s / 2
         heard_s, silence_s = self._last_heard_s, 0.0
         while silence_s < self._config.silence_s:
-            before_s = loop.time()
+            before_s = time.monotonic()
             await asyncio.sleep(look_s)
             if self._last_heard_s != heard_s:
                 heard_s, silence_s = self._last_heard_s, 0.0
             else:
-                silence_s += min(loop.time() - before_s, 2 * look_s)
+                silence_s += min(time.monotonic() - before_s, 2 * look_s)
         return f"silent for {silence_s:.1f} s"
 
 

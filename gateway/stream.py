@@ -22,6 +22,7 @@ from baton.errors import BatonError
 from baton.gateway.accounting import OK, outcome_of
 from baton.gateway.choice import Delta, joined
 from baton.gateway.errors import ApiError, api_error
+from baton.gateway.events import COMMENT, DONE, event
 from baton.gateway.generation import Generation, Usage
 from baton.settings import LimitSettings
 
@@ -32,8 +33,6 @@ _HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold events back
 ]
-_COMMENT = b": keep-alive\n\n"
-_DONE = b"data: [DONE]\n\n"
 _WRITES_PER_TURN = 32  # a stream with many tokens waiting lets the others in between
 
 
@@ -51,8 +50,9 @@ class Streaming:
 class Shape(Protocol):
     """How one endpoint writes down what happened."""
 
-    def chunks(self, delta: Delta, usage: Usage | None) -> Sequence[dict[str, Any]]:
-        """The events of one delta; `usage` if every event shall carry it."""
+    def chunks(self, delta: Delta, usage: Usage | None) -> Sequence[dict[str, Any] | bytes]:
+        """The events of one delta, some perhaps as they are sent; `usage` if every event shall
+        carry it."""
         ...
 
     def last_chunks(self, usage: Usage) -> Sequence[dict[str, Any]]:
@@ -67,7 +67,7 @@ class Shape(Protocol):
 class EventWriter:
     """Server-sent events over ASGI. The response starts with the first write.
 
-    Two tasks write: the stream and its `watch`; the lock keeps their messages whole.
+    Two tasks write: the stream and its `watch`, which does so only while the stream is silent.
     """
 
     def __init__(
@@ -77,36 +77,41 @@ class EventWriter:
         self._named = named
         self._send = send
         self._send_more: Send = scope["state"]["send_more"]
-        self._lock = asyncio.Lock()
+        self._comment = asyncio.Lock()  # held while one is written: the stream waits for its end
         self._limits = limits
         self._last_write_s = time.monotonic()
         self._blocked_since_s: float | None = None  # a write waits for the client to read
         self._num_writes = 0
 
-    async def json(self, value: dict[str, Any]) -> None:
-        name = b"event: %b\n" % value["type"].encode() if self._named else b""
-        await self.write(b"%bdata: %b\n\n" % (name, to_json(value)))
-
-    async def write(self, data: bytes) -> None:
-        await self._put(data, more=True)
+    async def events(self, values: Sequence[dict[str, Any] | bytes]) -> None:
+        """In one write."""
+        if not values:
+            return
+        if self._comment.locked():
+            await self._until_written()
+        parts = [v if isinstance(v, bytes) else event(v, named=self._named) for v in values]
+        await self._put(b"".join(parts), more=True)
         self._num_writes += 1
         if self._num_writes % _WRITES_PER_TURN == 0:
             await asyncio.sleep(0)
 
     async def end(self, last: bytes = b"") -> None:
+        if self._comment.locked():
+            await self._until_written()
         await self._put(last, more=False)
 
+    async def _until_written(self) -> None:
+        async with self._comment:
+            pass
+
     async def _put(self, data: bytes, *, more: bool) -> None:
-        async with self._lock:
-            self._last_write_s = self._blocked_since_s = time.monotonic()
-            if not self.started:
-                self.started = True
-                await self._send(
-                    {"type": "http.response.start", "status": 200, "headers": _HEADERS}
-                )
-            send = self._send_more if more else self._send
-            await send({"type": "http.response.body", "body": data, "more_body": more})
-            self._blocked_since_s = None
+        self._last_write_s = self._blocked_since_s = time.monotonic()
+        if not self.started:
+            self.started = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        send = self._send_more if more else self._send
+        await send({"type": "http.response.body", "body": data, "more_body": more})
+        self._blocked_since_s = None
 
     async def watch(self, patience: asyncio.Timeout) -> None:
         """Runs beside the stream: a comment after every `sse_keep_alive_interval` of silence, and
@@ -124,8 +129,8 @@ class EventWriter:
                 else:
                     left_s = self._last_write_s + interval_s - now
                     if left_s <= 0:
-                        async with asyncio.timeout(limit_s):
-                            await self.write(_COMMENT)
+                        async with asyncio.timeout(limit_s), self._comment:
+                            await self._put(COMMENT, more=True)
                         continue
                 await asyncio.sleep(min(left_s, limit_s / 4))
         except TimeoutError:
@@ -226,8 +231,7 @@ class GenerationResponse(Response):
         told = api_error(error, request_id)
         kind = {"type": "error"} if how.named_events else {}
         events = [{**kind, **told.body()}] if how.failure is None else how.failure(told)
-        for event in events:
-            await writer.json(event)
+        await writer.events(events)
         await writer.end()
 
     async def _write_deltas(self, how: Streaming, writer: EventWriter) -> None:
@@ -235,8 +239,7 @@ class GenerationResponse(Response):
         async with aclosing(generation.deltas()) as deltas:
             async for delta in _spaced(deltas, how.interval) if how.interval > 1 else deltas:
                 usage = generation.usage() if how.continuous_usage else None
-                for chunk in self._shape.chunks(delta, usage):
-                    await writer.json(chunk)
+                await writer.events(self._shape.chunks(delta, usage))
                 if delta.first:
                     generation.first_byte()
         if generation.aborted:
@@ -245,9 +248,8 @@ class GenerationResponse(Response):
             last = self._shape.last_chunks(generation.usage())
             if self._before_end is not None:
                 await self._before_end()
-            for chunk in last:
-                await writer.json(chunk)
-        await writer.end(b"" if how.named_events else _DONE)
+            await writer.events(last)
+        await writer.end(b"" if how.named_events else DONE)
         generation.record.outcome = OK
 
 

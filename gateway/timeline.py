@@ -23,6 +23,11 @@ class Timeline:
         self._admitted_ms: float | None = None
         self._has_token = False
 
+    @property
+    def is_decoding(self) -> bool:
+        """Tokens came, and from where is known: another one changes nothing."""
+        return self._has_token and self.report.path is not PrefillPath.NONE
+
     def next_attempt(self) -> int:
         attempt = self.report.num_attempts + 1
         self.report = replace(self.report, num_attempts=attempt)

@@ -300,8 +300,10 @@ class Fleet:
             worker.stepped(batch.timing, now_ms)
         if worker.state in {WorkerState.UP, WorkerState.STUCK}:
             worker.state = WorkerState.STUCK if worker.is_stuck() else WorkerState.UP
+        is_pending = bool(worker.pending_tokens or worker.pending_blocks)
         for message in batch.messages:
-            self._answered(worker, message, now_ms)
+            if is_pending or type(message) is not TokenChunk:
+                self._answered(worker, message, now_ms)
 
     def _learn_rates(self, target: Worker) -> None:
         """Of links to it."""

@@ -1,11 +1,11 @@
-"""TokenHistogram exposes what prometheus_client's histogram does."""
+"""LoopHistogram exposes what prometheus_client's histogram does."""
 
 import random
 
 import pytest
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
-from baton.histogram import TokenHistogram
+from baton.histogram import LoopHistogram
 
 BOUNDS = (0.001, 0.0025, 0.1, 1.0, 60.0)
 
@@ -19,7 +19,7 @@ def exposed(registry: CollectorRegistry) -> list[str]:
 @pytest.mark.parametrize("num_values", [0, 300])
 def test_as_the_librarys(label_names: tuple[str, ...], num_values: int) -> None:
     ours, theirs = CollectorRegistry(), CollectorRegistry()
-    mine = TokenHistogram("x:itl_seconds", "ITL.", label_names, buckets=BOUNDS, registry=ours)
+    mine = LoopHistogram("x:itl_seconds", "ITL.", label_names, buckets=BOUNDS, registry=ours)
     other = Histogram("x:itl_seconds", "ITL.", label_names, buckets=BOUNDS, registry=theirs)
     rng = random.Random(0)
     for number in range(num_values):
@@ -32,6 +32,6 @@ def test_as_the_librarys(label_names: tuple[str, ...], num_values: int) -> None:
 
 def test_a_name_is_taken_once() -> None:
     registry = CollectorRegistry()
-    TokenHistogram("itl", "ITL.", (), buckets=BOUNDS, registry=registry)
+    LoopHistogram("itl", "ITL.", (), buckets=BOUNDS, registry=registry)
     with pytest.raises(ValueError, match="itl"):
         Histogram("itl", "ITL.", registry=registry)

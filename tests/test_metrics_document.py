@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.metrics import MetricWrapperBase
 
 from baton.gateway.link_metrics import LinkMetrics
-from baton.histogram import TokenHistogram
+from baton.histogram import LoopHistogram
 from baton.telemetry import GatewayMetrics, WorkerMetrics
 from baton.worker.metrics import MetricsServer
 
@@ -37,7 +37,7 @@ def named(name: str, kind: str, labels: Iterable[str]) -> Series:
 def declared(registry: CollectorRegistry) -> Series:
     found: Series = {}
     for collector in registry._collector_to_names:
-        if isinstance(collector, TokenHistogram):
+        if isinstance(collector, LoopHistogram):
             found |= of_families(collector.describe())
             continue
         assert isinstance(collector, MetricWrapperBase)

@@ -34,13 +34,16 @@ class OutputText:
         `stop_token_id` says that the last of `token_ids` is the EOS or stop id that ended the
         choice; its text is shown only with `include_stop_str_in_output`.
         """
+        hides_last = stop_token_id is not None and not self._show_stop_token
+        if not self._matcher.has_stops:
+            self.num_tokens += len(token_ids)
+            return self._detokenizer.push(token_ids[:-1] if hides_last else token_ids)
         shown = []
         for index, token_id in enumerate(token_ids):
             if self.stop_string is not None:
                 break
             self.num_tokens += 1
-            last = index == len(token_ids) - 1
-            if last and stop_token_id is not None and not self._show_stop_token:
+            if hides_last and index == len(token_ids) - 1:
                 break
             text = self._detokenizer.push((token_id,))
             if self.num_tokens > self._min_tokens:

@@ -47,6 +47,7 @@ class StopStringMatcher:
         self._patterns = tuple(_Pattern(stop) for stop in stops)
         self._include_stop = include_stop
         self._held = ""
+        self.has_stops = bool(stops)
         self.stop: str | None = None  # the stop string that was found
 
     def push(self, text: str) -> str:

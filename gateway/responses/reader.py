@@ -65,7 +65,8 @@ class EventsResponse(Response):
             if not isinstance(error, BatonError | HTTPException):
                 log.error("%s could not be read", self._id, exc_info=error)
             told = api_error(error, request_id).body()["error"]
-            await writer.json({**told, "type": "error", "sequence_number": self._last + 1})
+            event = {**told, "type": "error", "sequence_number": self._last + 1}
+            await writer.events((event,))
         await writer.end()
 
     async def _read(self, writer: EventWriter) -> None:
@@ -76,14 +77,14 @@ class EventsResponse(Response):
                 event = json.loads(text)
                 if event["sequence_number"] > self._last:
                     self._last = event["sequence_number"]
-                    await writer.json(event)
+                    await writer.events((event,))
                 if is_last(event):
                     return
             if texts:
                 continue
             stored = await self._service.find(self._tenant, self._id)
             if is_over:  # and what it had to say has not come
-                await writer.json(self._lost(stored.response))
+                await writer.events((self._lost(stored.response),))
                 return
             is_over = stored.response["status"] in TERMINAL
 

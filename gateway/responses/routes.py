@@ -10,6 +10,7 @@ from fastapi.routing import APIRoute
 from baton.errors import BatonError, Cause, InvalidRequest
 from baton.gateway.chat import begin
 from baton.gateway.context import Context
+from baton.gateway.errors import ERROR_RESPONSES
 from baton.gateway.responses.background import Run
 from baton.gateway.responses.events import TERMINAL
 from baton.gateway.responses.fields import ResponsesRequest, param_of
@@ -28,8 +29,8 @@ _POLL_S = 0.1
 def responses_router(
     context: Context, service: ResponseService, route_class: type[APIRoute]
 ) -> APIRouter:
-    router = APIRouter(tags=["OpenAI"])
-    with_body = APIRouter(route_class=route_class)
+    router = APIRouter(tags=["OpenAI"], responses=ERROR_RESPONSES)
+    with_body = APIRouter(tags=["OpenAI"], route_class=route_class)
 
     @with_body.post(PATH, response_class=Response)
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
@@ -67,7 +68,7 @@ def responses_router(
         await service.cancel(tenant, stored)
         return JSONResponse((await _over(service, tenant, stored)).response)
 
-    router.include_router(with_body)
+    router.routes.extend(with_body.routes)
     return router
 
 

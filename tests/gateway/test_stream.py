@@ -229,6 +229,24 @@ class TestSilence:
         assert '"code":"worker_lost"' in call.text
         assert call.ended
 
+    async def test_a_comment_that_waits_for_the_client_comes_before_the_next_event(
+        self, app: FastAPI, backend: FakeBackend, say: Callable[[str], Script]
+    ) -> None:
+        """It opens the response, and the client does not read when it comes."""
+        gate = asyncio.Event()
+        backend.script = lambda request: [gate, *say("Hello world")(request)]
+        call = Call(app, {"prompt": "Hi", "stream": True})
+        call.may_send.clear()
+        await asyncio.sleep(0.4)
+        gate.set()
+        await asyncio.sleep(0.1)
+        assert not call.sent
+        call.may_send.set()
+        await asyncio.wait_for(call.done, 30)
+        assert call.status == 200
+        assert call.sent[1]["body"] == b": keep-alive\n\n"
+        assert call.ended
+
 
 class TestSlowReaders:
     @pytest.fixture
