@@ -191,6 +191,7 @@ class Server(uvicorn.Server):
         self._on_drain = on_drain
         self._on_deadline = on_deadline
         self._serving: asyncio.Task[None] | None = None
+        self._deadline: asyncio.TimerHandle | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._serving = asyncio.current_task()
@@ -199,6 +200,17 @@ class Server(uvicorn.Server):
         except asyncio.CancelledError:
             if not self.force_exit:
                 raise
+            self._hang_up()
+        finally:
+            if self._deadline is not None:
+                self._deadline.cancel()
+
+    def _hang_up(self) -> None:
+        """uvicorn leaves everything open when it is cancelled."""
+        for server in self.servers if self.started else ():
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         name = signal.Signals(sig).name
@@ -207,7 +219,7 @@ class Server(uvicorn.Server):
             self.should_exit = True
             self._on_drain()
             loop = asyncio.get_running_loop()
-            loop.call_later(self._drain_timeout_s, self._on_deadline)
+            self._deadline = loop.call_later(self._drain_timeout_s, self._on_deadline)
         elif not self.force_exit:
             log.info("%s again: ending now", name)
             self.force_exit = True

@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
+import uvloop
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
@@ -23,6 +24,11 @@ from baton.text import Tokenizer, TokenizerPool
 from baton.types import Request
 from baton.vllm_metrics import VllmMetrics
 from tests.gateway.fakes import FakeBackend, Script, Step, chunks
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """As in production."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture(scope="session")
