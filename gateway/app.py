@@ -1,16 +1,18 @@
 """The ASGI application: routes, the one exception handler, the layer of limits in front."""
 
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_fastapi_instrumentator import Instrumentator
+from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import ASGIApp
 
 import baton
 from baton.errors import BatonError, Cause
@@ -86,7 +88,12 @@ def create_app(
     for kind in (BatonError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, on_exception)
     if context.settings.metrics_compat == "vllm":
-        _count_http(app, context)
+        app.add_middleware(
+            _HttpMetrics,
+            routes=app.routes,
+            excluded_handlers=["/health", "/load", "/metrics", "/ping", "/version"],
+            registry=context.metrics.registry,
+        )
     keys = [key.get_secret_value() for key in context.settings.api_key]
     app.add_middleware(Guard, limits=context.limits, keys=keys)
     return app
@@ -100,12 +107,18 @@ def _refusal_counter(context: Context) -> Callable[[str, Exception], None]:
     return count
 
 
-def _count_http(app: FastAPI, context: Context) -> None:
-    """http_requests_total and its like, as vLLM has them and by the same library."""
-    Instrumentator(
-        excluded_handlers=["/health", "/load", "/metrics", "/ping", "/version"],
-        registry=context.metrics.registry,
-    ).instrument(app)
+class _HttpMetrics(PrometheusInstrumentatorMiddleware):
+    """http_requests_total and its like, as vLLM has them and by the same library, which tries every
+    route for every request. Nearly all of those name one without parameters."""
+
+    def __init__(self, app: ASGIApp, *, routes: Sequence[BaseRoute], **options: Any) -> None:
+        super().__init__(app, **options)
+        paths = (route.path for route in routes if isinstance(route, Route))
+        self._plain_paths = frozenset(path for path in paths if "{" not in path)
+
+    def _get_handler(self, request: Request) -> tuple[str, bool]:
+        path = request.scope["path"]
+        return (path, True) if path in self._plain_paths else super()._get_handler(request)
 
 
 def _exception_handler(

@@ -85,7 +85,8 @@ class RequestMachine:
 
     @property
     def report(self) -> RequestReport:
-        return replace(self._timeline.report, num_defects=self.num_defects)
+        report = self._timeline.report
+        return replace(report, num_defects=self.num_defects) if self.num_defects else report
 
     @property
     def num_defects(self) -> int:
@@ -279,7 +280,7 @@ class RequestMachine:
             self._wait(decision, now_ms)
             return
         slo_ms = self._config.slo_ttft_ms
-        if self.report.num_attempts == 0 and decision.predicted_ttft_ms > slo_ms:
+        if self._timeline.num_attempts == 0 and decision.predicted_ttft_ms > slo_ms:
             self._end(Cause.OVERLOADED, "the first token is predicted to miss its objective")
             return
         info = self._planner.info(decision.worker_id)
@@ -397,7 +398,7 @@ class RequestMachine:
 
     def _wait(self, refusal: Refusal, now_ms: float) -> None:
         """Only the gateway waits: for room, or, once something was computed, for a worker."""
-        is_new = self.report.num_attempts == 0
+        is_new = self._timeline.num_attempts == 0
         if refusal.cause is Cause.NEVER_FITS and not is_new:  # it did: that worker is gone
             refusal = Refusal(Cause.NO_WORKER, "no worker that is large enough is up")
         limit_ms = self._patience.wait_until_ms(refusal, now_ms)

@@ -1,6 +1,7 @@
 """What a request did and when, gathered for its report."""
 
 from dataclasses import replace
+from typing import Any
 
 from baton.errors import Cause
 from baton.gateway.backend import (
@@ -18,10 +19,20 @@ class Timeline:
     """Times are the caller's monotonic milliseconds."""
 
     def __init__(self, opened_ms: float) -> None:
-        self.report = RequestReport()
+        self.num_attempts = 0
+        self._report = RequestReport()
+        self._news: dict[str, Any] = {}  # not in `_report` yet
         self._opened_ms = opened_ms
         self._admitted_ms: float | None = None
         self._has_token = False
+
+    @property
+    def report(self) -> RequestReport:
+        """Made when it is asked for, because much changes at once and a copy is not cheap."""
+        if self._news:
+            self._report = replace(self._report, **self._news)
+            self._news = {}
+        return self._report
 
     @property
     def is_decoding(self) -> bool:
@@ -29,15 +40,15 @@ class Timeline:
         return self._has_token and self.report.path is not PrefillPath.NONE
 
     def next_attempt(self) -> int:
-        attempt = self.report.num_attempts + 1
-        self.report = replace(self.report, num_attempts=attempt)
-        return attempt
+        self.num_attempts += 1
+        self._news["num_attempts"] = self.num_attempts
+        return self.num_attempts
 
     def prefills_on(self, worker_id: str) -> None:
-        self.report = replace(self.report, prefill_worker=worker_id)
+        self._news["prefill_worker"] = worker_id
 
     def decodes_on(self, worker_id: str) -> None:
-        self.report = replace(self.report, decode_worker=worker_id)
+        self._news["decode_worker"] = worker_id
 
     def admitted(
         self, num_cached_tokens: int, began_ms: float, prefix: PrefixFetched | None = None
@@ -45,32 +56,30 @@ class Timeline:
         """A worker began with the prompt; only the first time counts, except for a prefix that was
         fetched."""
         if prefix is not None:
-            self.report = replace(self.report, prefixes=(*self.report.prefixes, prefix))
+            self._news["prefixes"] = (*self.report.prefixes, prefix)
         if self._admitted_ms is None:
             self._admitted_ms = now_ms = max(began_ms, self._opened_ms)
-            self.report = replace(
-                self.report,
-                num_cached_tokens=num_cached_tokens,
-                queue_ms=now_ms - self._opened_ms,
-            )
+            self._news["num_cached_tokens"] = num_cached_tokens
+            self._news["queue_ms"] = now_ms - self._opened_ms
 
     def imported(self, stats: TransferStats) -> None:
         known = self.report
-        path = PrefillPath.REMOTE if known.path is PrefillPath.NONE else known.path
-        self.report = replace(known, path=path, transfers=(*known.transfers, stats))
+        if known.path is PrefillPath.NONE:
+            self._news["path"] = PrefillPath.REMOTE
+        self._news["transfers"] = (*known.transfers, stats)
 
     def migrated(self, cause: MigrationCause, result: MigrationResult, num_bytes: int) -> None:
         migration = Migration(cause, result, num_bytes)
-        self.report = replace(self.report, migrations=(*self.report.migrations, migration))
+        self._news["migrations"] = (*self.report.migrations, migration)
 
     def failed(self, cause: Cause) -> None:
         """A leg or a fetch ended early, and the request goes on if it can."""
-        self.report = replace(self.report, failures=(*self.report.failures, cause))
+        self._news["failures"] = (*self.report.failures, cause)
 
     def committed(self, now_ms: float, computed_here: bool) -> None:
         """Tokens came; `computed_here`: from the worker that decodes, which fetched nothing."""
-        if not self._has_token and self._admitted_ms is not None:
-            self.report = replace(self.report, prefill_ms=now_ms - self._admitted_ms)
-        self._has_token = True
         if computed_here and self.report.path is PrefillPath.NONE:
-            self.report = replace(self.report, path=PrefillPath.LOCAL)
+            self._news["path"] = PrefillPath.LOCAL
+        if not self._has_token and self._admitted_ms is not None:
+            self._news["prefill_ms"] = now_ms - self._admitted_ms
+        self._has_token = True
