@@ -105,7 +105,9 @@ async def encode_prompts(
             return truncation.apply(Prompt(prompt))
         text = truncation.bound(prompt)
         check_num_chars(len(text), max_model_len, context.limits, "prompt")
-        ids = await context.tokenizers.encode(text, add_special_tokens=add_special_tokens)
+        ids = await context.tokenizers.encode(
+            text, add_special_tokens=add_special_tokens, is_only=len(prompts) == 1
+        )
         return truncation.apply(Prompt(tuple(ids), prompt))
 
     if len(prompts) == 1:  # no task, no turn of the loop
@@ -124,7 +126,9 @@ async def render_prompt(
     rendered = await context.tokenizers.render_chat(body.messages, **body.template_options())
     text = truncation.bound(rendered)
     check_num_chars(len(text), max_model_len, context.limits, "messages")
-    ids = await context.tokenizers.encode(text, add_special_tokens=body.add_special_tokens)
+    ids = await context.tokenizers.encode(
+        text, add_special_tokens=body.add_special_tokens, is_only=True
+    )
     return truncation.apply(Prompt(tuple(ids), text))
 
 

@@ -54,9 +54,8 @@ def run(config: GatewayConfig) -> int:
     except (ValueError, OSError) as error:
         log.error("%s", error)
         return 2
-    with listener:
-        with event_loop() as runner:
-            return runner.run(serve(config, tokenizer, defaults, listener))
+    with listener, event_loop() as runner:
+        return runner.run(serve(config, tokenizer, defaults, listener))
 
 
 def event_loop() -> asyncio.Runner:

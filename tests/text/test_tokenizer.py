@@ -135,5 +135,19 @@ async def test_the_pool_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         pool.close()
 
 
+async def test_a_short_text_by_itself_takes_no_thread() -> None:
+    class Where:
+        def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+            return [threading.current_thread() is threading.main_thread()]
+
+    pool = TokenizerPool(Where())  # type: ignore[arg-type]
+    try:
+        assert await pool.encode("x" * 100, is_only=True) == [True]
+        assert await pool.encode("x" * 100) == [False], "there may be a thousand of them"
+        assert await pool.encode("x" * 10_000, is_only=True) == [False]
+    finally:
+        pool.close()
+
+
 def test_files_default_to_empty() -> None:
     assert TokenizerFiles().special_tokens() == {}
