@@ -3,11 +3,10 @@
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -111,8 +110,15 @@ class _HttpMetrics(PrometheusInstrumentatorMiddleware):
     """http_requests_total and its like, as vLLM has them and by the same library, which tries every
     route for every request. Nearly all of those name one without parameters."""
 
-    def __init__(self, app: ASGIApp, *, routes: Sequence[BaseRoute], **options: Any) -> None:
-        super().__init__(app, **options)
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        routes: Sequence[BaseRoute],
+        excluded_handlers: Sequence[str],
+        registry: CollectorRegistry,
+    ) -> None:
+        super().__init__(app, excluded_handlers=excluded_handlers, registry=registry)
         paths = (route.path for route in routes if isinstance(route, Route))
         self._plain_paths = frozenset(path for path in paths if "{" not in path)
 
