@@ -21,7 +21,7 @@ def draw_token(
         mass: [vocab_size] int32, overwritten.
         likeliest: the first id with the largest logit.
         key: of the draw.
-        top_p: 1 = off.
+        top_p: more than 0, less than 1.
 
     Raises:
         ValueError: something does not fit; nothing was drawn.

@@ -1,5 +1,5 @@
-/* A token drawn from one row of logits, with or without top-p; see sampling_cpu.py, which does the
-   same in numpy, and docs/sampling.md.
+/* A token drawn from one row of logits with top-p; see sampling_cpu.py, which does the same in numpy,
+   and docs/sampling.md.
 
    Noise costs two logarithms, so only ids that can still win get it. -ln(-ln u) <= -ln(1 - u): an id
    whose score must be at least s to win needs 1 - u <= exp(z - s), and exp(z - max z) is its mass. */
@@ -29,7 +29,7 @@ typedef struct {
 
 /* ── mass ─────────────────────────────────────────────────────────────────────────────────────── */
 
-/* exp(x) for -30 < x <= 0, so exact that rounding to float32 is right but for one in 10**7. */
+/* exp(x) for -21 < x <= 0, so exact that rounding to float32 is right but for one in 10**7. */
 INLINE __m128 exp_of_negative(__m128 x32)
 {
     static const double terms[] = {1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
@@ -52,8 +52,10 @@ INLINE __m128 exp_of_negative(__m128 x32)
 INLINE __m256i mass_of(__m256 logits, const Row *row, __m256 temperature, __m256 highest)
 {
     __m256 depth = _mm256_sub_ps(_mm256_div_ps(logits, temperature), highest);
-    __m256 floor = _mm256_set1_ps(-30.0f); /* less than a unit */
+    __m256 floor = _mm256_set1_ps(-20.9f); /* less than a unit */
     __m256 is_some = _mm256_cmp_ps(depth, floor, _CMP_GT_OQ);
+    if (_mm256_movemask_ps(is_some) == 0)
+        return _mm256_setzero_si256();
     depth = _mm256_max_ps(depth, floor);
     __m256 y = _mm256_set_m128(exp_of_negative(_mm256_extractf128_ps(depth, 1)),
                                exp_of_negative(_mm256_castps256_ps128(depth)));
@@ -195,9 +197,8 @@ static Py_ssize_t draw(const Row *row, Py_ssize_t likeliest, double top_p)
 {
     double need = top_p * (double)weigh(row);
     Py_ssize_t winner = pick(row, likeliest, -1);
-    if (top_p < 1)
-        while ((double)mass_ahead(row, winner) >= need)
-            winner = pick(row, likeliest, winner);
+    while ((double)mass_ahead(row, winner) >= need)
+        winner = pick(row, likeliest, winner);
     return winner;
 }
 
@@ -215,7 +216,7 @@ static PyObject *draw_token(PyObject *module, PyObject *args)
         return NULL;
     row.num_ids = logits.len / (Py_ssize_t)sizeof(float);
     int is_right = logits.len == words.len && logits.len == mass.len && likeliest >= 0
-                   && likeliest < row.num_ids && row.num_ids < INT32_MAX && row.temperature > 0 && top_p > 0
+                   && likeliest < row.num_ids && row.num_ids < INT32_MAX && row.temperature > 0 && top_p > 0 && top_p < 1
                    && logits.len % (Py_ssize_t)sizeof(float) == 0;
     if (is_right) {
         row.logits = logits.buf;

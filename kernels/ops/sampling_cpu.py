@@ -1,5 +1,5 @@
 """`draw_tokens` on CPU: each row by itself, and only the ids that can win get noise. In C
-(draw_token.c) where that was built and a draw has no cut but top-p, else in numpy.
+(draw_token.c) where that was built and the only cut of a draw is top-p, else in numpy.
 
 A row is one thread's on purpose: its result must not depend on how many threads a worker has. The
 rows of a step are divided among them.
@@ -27,6 +27,7 @@ Ids = npt.NDArray[np.intp]
 Words = npt.NDArray[np.uint32]
 
 MAX_NOISE = 17.33  # of gumbel(2**32 - 1), rounded up
+_LARGEST = float(np.finfo(np.float32).max)
 _FIRST_LOOK = 256  # ids whose mass is looked at before a whole row is sorted into buckets
 _WIDE_MASS = 4 * _FIRST_LOOK << MASS_BITS  # more than the likeliest few can have
 _NUM_BUCKETS = 4096
@@ -54,18 +55,14 @@ def _draw(row: Floats, draw: Draw) -> int:
     if draw.is_greedy:
         return best
     words = _vocabulary_words(len(row))
-    is_simple = draw.top_p > 0 and draw.top_k <= 0 and draw.min_p <= 0
-    if _draw_token is not None and is_simple and math.isfinite(row[best] / draw.temperature):
+    is_nucleus = 0 < draw.top_p < 1 and draw.top_k <= 0 and draw.min_p <= 0
+    is_scored = abs(float(row[best])) / draw.temperature < _LARGEST
+    if _draw_token is not None and is_nucleus and is_scored:
         mass = np.empty(len(row), np.int32)
         return _draw_token.draw_token(
             row.data, words.data, mass.data, best, draw.key, draw.temperature, draw.top_p
         )
-    return draw_numpy(row, words, best, draw)
-
-
-def draw_numpy(row: Floats, words: Words, best: int, draw: Draw) -> int:
-    """Of a row whose likeliest id is `best`; `words` as from `token_words`."""
-    if 0 < draw.top_p < 1 and draw.top_k <= 0 and draw.min_p <= 0:
+    if is_nucleus:
         return _draw_from_nucleus(row, words, row[best], draw)
     return _pick_among(_survivors(row, row[best], draw), row, words, draw)
 
