@@ -23,13 +23,15 @@ def forget_trials() -> Iterator[None]:
     packed_weight._has_equal_bits.cache_clear()
 
 
-@pytest.fixture
-def needs_ours(weight: torch.Tensor) -> None:
-    if not isinstance(pack_weight(weight), SkinnyProduct):
-        pytest.skip("our kernel was not built, or is not for this processor")
+needs_ours = pytest.mark.skipif(
+    packed_weight._skinny_gemm is None
+    or torch.backends.cpu.get_cpu_capability() != "AVX2"
+    or not torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
+    reason="skinny_gemm.c was not built, or is not for this processor",
+)
 
 
-@pytest.mark.usefixtures("needs_ours")
+@needs_ours
 @pytest.mark.parametrize("shape", SHAPES)
 def test_our_kernel_has_the_bits_of_onednn(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape)
@@ -46,7 +48,7 @@ def test_our_kernel_has_the_bits_of_onednn(shape: tuple[int, int]) -> None:
             assert torch.equal(ours.binary(x[:n], other[:n], bias, binary), whole[:n]), (binary, n)
 
 
-@pytest.mark.usefixtures("needs_ours")
+@needs_ours
 def test_strided_rows(weight: torch.Tensor) -> None:
     packed, x, other = pack_weight(weight), torch.randn(5, 192)[:, ::2], torch.randn(200, 5).t()
     assert packed is not None
@@ -66,7 +68,7 @@ def test_without_our_kernel(weight: torch.Tensor, monkeypatch: pytest.MonkeyPatc
     assert torch.equal(packed.pointwise(x, None, "swish"), expected)
 
 
-@pytest.mark.usefixtures("needs_ours")
+@needs_ours
 def test_a_kernel_with_other_bits_is_not_used(
     weight: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,7 +84,7 @@ def test_a_kernel_with_other_bits_is_not_used(
     assert type(pack_weight(weight)) is InnerProduct
 
 
-@pytest.mark.usefixtures("needs_ours")
+@needs_ours
 def test_a_layout_is_recognised_by_what_is_in_it(weight: torch.Tensor) -> None:
     skinny = SkinnyProduct(weight)
     assert skinny.is_in_panels(weight)
