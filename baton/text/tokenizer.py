@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Backend
 from baton.errors import InvalidRequest
 from baton.text.chat_template import ChatTemplate
 from baton.text.detokenizer import IncrementalDetokenizer, TokenBytes
+from baton.text.input_frame import InputFrame
 
 _FILES = (
     "tokenizer.json",
@@ -139,6 +140,7 @@ class Tokenizer:
         special = files.special_tokens()
         _add_missing_tokens(backend, files.tokenizer_config, special)
         self._backend = backend
+        self._frames: dict[tuple[bool, bool], InputFrame] = {}
         self._token_bytes = TokenBytes(backend)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = self._id_of(special.get("bos_token"))
@@ -176,7 +178,9 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`; special tokens written out in it count as such. `add_special_tokens` adds
         what the model's post-processor adds (a BOS, usually)."""
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        # The library's call for one text keeps the interpreter lock, which may be many seconds.
+        (made,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return made.ids
 
     def encode_input(
         self,
@@ -195,21 +199,19 @@ class Tokenizer:
 
         Returns: the ids, and where those of `second` begin.
         """
-        one = self._backend.encode(text, add_special_tokens=False)
-        other = None
-        if second is not None:
-            other = self._backend.encode(second, add_special_tokens=False)
-        parts = [one] if other is None else [one, other]
+        frame = self._frame(second is not None, add_special_tokens)
+        texts = [text] if second is None else [text, second]
+        parts = [self.encode(part, add_special_tokens=False) for part in texts]
         if max_tokens is not None:
-            num_special = self._backend.num_special_tokens_to_add(second is not None)
-            room = max(max_tokens - num_special * add_special_tokens, 0)
-            sizes = _cut([len(part.ids) for part in parts], room)
-            for part, size in zip(parts, sizes, strict=True):
-                part.truncate(size, direction=truncation_side or self.truncation_side)
-        whole = self._backend.post_process(one, other, add_special_tokens=add_special_tokens)
-        types = list(whole.type_ids)
-        starts = types.index(1) if second is not None and 1 in types else None
-        return list(whole.ids), starts
+            room = max(max_tokens - frame.num_special_tokens, 0)
+            sizes = _cut([len(part) for part in parts], room)
+            keeps_end = (truncation_side or self.truncation_side) == "left"
+            parts = [
+                part[len(part) - size :] if keeps_end else part[:size]
+                for part, size in zip(parts, sizes, strict=True)
+            ]
+        ids, starts = frame.fill(parts)
+        return ids, starts if second is not None else None
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `token_ids`, the same that `detokenizer()` streams. Ids outside the vocabulary
@@ -246,6 +248,14 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Ids of the rendered chat; the template writes its own special tokens."""
         return self.encode(self.render_chat(messages, **options), add_special_tokens=False)
+
+    def _frame(self, is_pair: bool, add_special_tokens: bool) -> InputFrame:
+        key = is_pair, add_special_tokens
+        if key not in self._frames:
+            self._frames[key] = InputFrame.of(
+                self._backend, is_pair=is_pair, add_special_tokens=add_special_tokens
+            )
+        return self._frames[key]
 
     def _id_of(self, token: str | None) -> int | None:
         return None if token is None else self._backend.token_to_id(token)

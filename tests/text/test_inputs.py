@@ -1,6 +1,7 @@
 """`Tokenizer.encode_input` against transformers, and WordPiece's decoder against the library's."""
 
 import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,34 @@ def test_without_special_tokens() -> None:
     ids, _ = OURS.encode_input("a b c", add_special_tokens=False, max_tokens=2)
     assert ids == OURS.encode("a b", add_special_tokens=False)
     assert OURS.encode_input("a b c", max_tokens=1)[0] == OURS.encode("")
+
+
+def test_cutting_long_texts_costs_no_more_than_reading_them() -> None:
+    text = "a " * 3000
+    began_s = time.perf_counter()
+    for _ in range(2):
+        OURS.encode(text)
+    alone_s = time.perf_counter() - began_s
+    ids, start = OURS.encode_input(text, text, max_tokens=9)
+    took_s = time.perf_counter() - began_s - alone_s
+    assert (len(ids), start) == (9, 5)
+    assert took_s < 5 * alone_s + 0.2
+
+
+@pytest.mark.parametrize("add_special_tokens", [True, False])
+@pytest.mark.parametrize("pair", ["$A $B:1", "[SEP] $B:1 [CLS] $A:0", "[CLS]:1 $A:1 $B:0 [SEP]:0"])
+def test_inputs_are_framed_as_the_post_processor_does(pair: str, add_special_tokens: bool) -> None:
+    made = backend()
+    made.post_processor = processors.TemplateProcessing(
+        single="$A [SEP] [SEP]", pair=pair, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    ours = Tokenizer(made, TokenizerFiles())
+    for first, second in itertools.product((*TEXTS, ""), (None, *TEXTS, "")):
+        expected = made.encode(first, second, add_special_tokens=add_special_tokens)
+        ids, start = ours.encode_input(first, second, add_special_tokens=add_special_tokens)
+        assert ids == expected.ids
+        types = expected.type_ids
+        assert start == (types.index(1) if second is not None and 1 in types else None)
 
 
 def test_the_side_is_the_models() -> None:

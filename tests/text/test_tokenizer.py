@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,24 @@ def test_special_tokens_come_from_the_post_processor(tokenizer: Tokenizer) -> No
     plain = tokenizer.encode("hello", add_special_tokens=False)
     assert tokenizer.encode("hello") == [tokenizer.bos_token_id, *plain]
     assert tokenizer.encode("<|end|>", add_special_tokens=False) == [tokenizer.eos_token_id]
+
+
+def test_a_long_text_holds_up_no_other_thread(tokenizer: Tokenizer) -> None:
+    text = "to be or not to be, " * 5_000
+    calls = (
+        lambda: tokenizer.encode(text),
+        lambda: tokenizer.encode_input(text, text, max_tokens=100),
+    )
+    for call in calls:
+        thread = threading.Thread(target=call)
+        began_s = last_s = time.monotonic()
+        longest_s = 0.0
+        thread.start()
+        while thread.is_alive():
+            time.sleep(0.001)
+            now_s = time.monotonic()
+            longest_s, last_s = max(longest_s, now_s - last_s), now_s
+        assert longest_s < (last_s - began_s) / 2
 
 
 def test_ids_and_defaults(tokenizer: Tokenizer) -> None:
