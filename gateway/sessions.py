@@ -120,7 +120,7 @@ class WorkerSession:
             done, _ = await asyncio.wait(
                 [*tasks, self._dropped], return_when=asyncio.FIRST_COMPLETED
             )
-            reason = next(iter(done)).result()
+            reason = self._why(next(iter(done)))
         finally:
             was_up, self.is_up = self.is_up, False
             for task in tasks:
@@ -131,6 +131,14 @@ class WorkerSession:
             await asyncio.gather(*tasks, return_exceptions=True)
             await connection.close()
         return was_up, reason
+
+    def _why(self, ended: asyncio.Future[str]) -> str:
+        """Why a stream ended. A defect of ours ends it too, but not what connects again."""
+        error = ended.exception()
+        if error is None:
+            return ended.result()
+        log.error("the session with %s is broken", self.info.worker_id, exc_info=error)
+        return f"{type(error).__name__} in its handling"
 
     async def _read(self, call: SessionCall) -> str:
         try:

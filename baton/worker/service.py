@@ -4,15 +4,16 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import grpc
 
 from baton import wire
 from baton.errors import BatonError, Cause
-from baton.messages import WorkerMessage
+from baton.messages import LegMessage, StepBatch, WorkerMessage
 from baton.session_wire import SERVICE, serve_sessions
-from baton.types import BlockHash, Request
+from baton.types import BlockHash, LegId, Request
 from baton.v1 import kv_pb2, worker_pb2
 from baton.worker.effects import SessionId
 from baton.worker.runtime import WorkerRuntime
@@ -28,6 +29,7 @@ SERVICES = (SERVICE, "baton.v1.KV")
 
 Inventory = Callable[[], tuple[int, list[BlockHash]]]
 Score = Callable[[Request], AsyncGenerator[Scored]]
+Refuse = Callable[[LegId, BatonError], None]
 
 
 class StreamPort:
@@ -47,11 +49,12 @@ class StreamPort:
         if not self.closed.done():
             self.closed.set_result(BatonError(cause, detail))
 
-    async def write_to(self, context: Any) -> None:
-        """Until cancelled, or the stream breaks."""
+    async def write_to(self, context: Any, refuse: Refuse) -> None:
+        """Until cancelled, or the stream breaks. `refuse` is told of legs with a message that has
+        no form on the wire: a defect, but of one request."""
         while True:
             message = await self._unsent.get()
-            await context.write(wire.worker_message_to_pb(message))
+            await context.write(_encoded(message, refuse))
             self._unsent.task_done()
 
     async def flushed(self) -> None:
@@ -104,7 +107,9 @@ class WorkerService:
         session = self._runtime.session_opened(port)
         log.info("session %d with %s", session, context.peer())
         reading = asyncio.create_task(self._read(session, requests))
-        writing = asyncio.create_task(port.write_to(context))
+        writing = asyncio.create_task(
+            port.write_to(context, lambda leg, error: self._runtime.reject(session, leg, error))
+        )
         ends: set[asyncio.Future[Any]] = {reading, writing, port.closed}
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -144,6 +149,30 @@ class WorkerService:
         seq, hashes = self._inventory()
         for start in range(0, max(len(hashes), 1), INVENTORY_CHUNK):
             yield kv_pb2.InventoryReply(seq=seq, hashes=hashes[start : start + INVENTORY_CHUNK])
+
+
+def _encoded(message: WorkerMessage, refuse: Refuse) -> worker_pb2.WorkerMessage:
+    try:
+        return wire.worker_message_to_pb(message)
+    except (TypeError, ValueError):
+        if not isinstance(message, StepBatch):
+            raise
+        unsound = [item for item in message.messages if not _has_form(item)]
+        if not unsound:
+            raise
+        log.exception("%d messages cannot be sent", len(unsound))
+    for item in unsound:
+        refuse(item.leg, BatonError(Cause.INTERNAL, "what it has to say cannot be sent"))
+    rest = tuple(item for item in message.messages if item not in unsound)
+    return wire.worker_message_to_pb(replace(message, messages=rest))
+
+
+def _has_form(item: LegMessage) -> bool:
+    try:
+        wire.leg_message_to_pb(item)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 async def _end(*tasks: asyncio.Task[None]) -> None:

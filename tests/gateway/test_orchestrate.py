@@ -240,6 +240,21 @@ async def test_what_cannot_be_sent_fails_alone(
     assert (p.num_sessions, d.num_sessions) == (1, 1)
 
 
+async def test_a_defect_of_ours_costs_a_session_and_not_the_worker(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = await fleet.add("w", Role.BOTH)
+    await fleet.up()
+
+    def explode(*_: object) -> None:
+        monkeypatch.undo()
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(fleet.orchestrator._dispatcher, "received", explode)
+    await until(lambda: worker.num_sessions == 2 and fleet.state("w") is WorkerState.UP)
+    assert await tokens_of(fleet.orchestrator.open(request())) == expected()
+
+
 async def test_nothing_is_up(fleet: Fleet) -> None:
     with pytest.raises(BatonError) as caught:
         fleet.orchestrator.open(request())

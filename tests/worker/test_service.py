@@ -33,6 +33,7 @@ from baton.messages import (
 )
 from baton.rpc import ClusterToken, RpcServer, connect, is_serving, to_baton_error
 from baton.session_wire import open_session
+from baton.totals import STEP_TOKENS, WorkerTotals
 from baton.types import (
     BlockHash,
     KVGroup,
@@ -189,6 +190,23 @@ async def test_heartbeats_are_answered(session: Session) -> None:
     assert isinstance(beat, StepBatch)
     assert beat.heartbeat_seq == 3
     assert beat.snapshot.total_blocks == NUM_BLOCKS
+    assert beat.totals == WorkerTotals()
+
+
+async def test_heartbeats_tell_what_was_counted(served: Served, session: Session) -> None:
+    await session.send(ComputeLocally(LegId("r", 1), request(max_tokens=5, ignore_eos=True)))
+    async for message in session.messages():
+        if isinstance(message, TokenChunk) and message.finish_reason is not None:
+            break
+    served.worker.runtime.machine.producer.leases.counts["expired"] += 2
+    await session.send(Heartbeat(3))
+    while not isinstance(beat := await session.receive(), StepBatch) or beat.heartbeat_seq != 3:
+        pass
+    assert beat.totals is not None
+    assert beat.totals.num_expired_leases == 2
+    assert beat.totals.num_step_tokens == 40 + 4, "the prompt gives the first token"
+    counts = dict(zip(STEP_TOKENS, beat.totals.steps_by_tokens, strict=False))
+    assert {bound: count for bound, count in counts.items() if count} == {64: 1, 1: 4}
 
 
 async def test_a_malformed_request_fails_and_the_session_goes_on(session: Session) -> None:
@@ -256,6 +274,51 @@ async def test_a_gateway_that_does_not_read_loses_its_session(
     await session.send(Heartbeat(1))  # the other session lives
     assert isinstance(await session.receive(), StepBatch)
     await deaf.close()
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        lambda chunk: chunk._replace(token_ids=(2**32,)),
+        lambda chunk: Failed(chunk.leg, Cause.STEP_FAILED, "\ud800"),
+    ],
+    ids=["a number too large", "a lone surrogate"],
+)
+async def test_what_cannot_be_sent_fails_its_own_leg(
+    served: Served, spoiled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class SpoilingPort(StreamPort):
+        def send(self, message: WorkerMessage) -> None:
+            if isinstance(message, StepBatch):
+                items = [
+                    spoiled(item) if item.leg == bad and isinstance(item, TokenChunk) else item
+                    for item in message.messages
+                ]
+                message = replace(message, messages=tuple(items))
+            super().send(message)
+
+    bad, good = LegId("bad", 1), LegId("good", 1)
+    monkeypatch.setattr(service_module, "StreamPort", SpoilingPort)
+    session = Session(served.address)
+    await session.receive()
+    asked = request("good", max_tokens=200, ignore_eos=True)
+    await session.send(ComputeLocally(good, asked))
+    await session.send(ComputeLocally(bad, request("bad", max_tokens=4000, ignore_eos=True)))
+    tokens: list[int] = []
+    failed: list[Failed] = []
+    async for message in session.messages():
+        if isinstance(message, Failed):
+            failed.append(message)
+        elif isinstance(message, TokenChunk):
+            tokens += message.token_ids
+        if failed and len(tokens) == 200:
+            break
+    assert tuple(tokens) == MODEL.generate(asked.prompt_token_ids, asked.sampling)
+    assert {(message.leg, message.cause) for message in failed} == {(bad, Cause.INTERNAL)}
+    async with asyncio.timeout(10):
+        while not (served.worker.is_idle and served.worker.core.pool.num_free == NUM_BLOCKS):
+            await asyncio.sleep(0.01)
+    await session.close()
 
 
 async def test_sessions_need_the_token(served: Served) -> None:
