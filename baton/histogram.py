@@ -43,6 +43,11 @@ class LoopHistogram(Collector):
         series[bisect_left(self._bounds, value)] += 1
         series[-1] += value
 
+    def show(self, counts: Sequence[float], total: float, labels: tuple[str, ...] = ()) -> None:
+        """What was counted elsewhere: `counts` per bucket, the one without bound last, and the sum
+        of all values."""
+        self._series[labels] = [*counts, total]
+
     def _zeros(self) -> list[float]:
         return [0.0] * (len(self._shown_bounds) + 1)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from baton.errors import Cause
 from baton.grants import Grant
+from baton.totals import WorkerTotals
 from baton.types import (
     BlockHash,
     KVTicket,
@@ -224,6 +225,7 @@ class StepBatch:
     snapshot: WorkerSnapshot
     timing: StepTiming | None = None
     heartbeat_seq: int = 0  # > 0: this batch (also) answers or is a heartbeat
+    totals: WorkerTotals | None = None  # with heartbeats
 
 
 WorkerMessage = Hello | StepBatch

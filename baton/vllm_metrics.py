@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from baton.histogram import LoopHistogram
+from baton.totals import STEP_TOKENS, WorkerTotals
 from baton.types import SamplingParams, TransferStats, WorkerSnapshot
 
 _LABELS = ("model_name", "engine")
@@ -50,7 +51,8 @@ class RequestSpan:
     ended_s: float
     queue_s: float
     num_prompt_tokens: int
-    num_cached_tokens: int
+    num_cached_tokens: int  # not computed: fetched ones among them
+    num_fetched_tokens: int  # from the prefix cache of another worker
     sampling: SamplingParams
     choices: Sequence[ChoiceSpan]
     is_error: bool  # it failed; choices that were cut off without one were aborted
@@ -62,6 +64,7 @@ class VllmMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
+        self._shown = WorkerTotals()
         self._declare_state()
         self._declare_counters()
         self._declare_times()
@@ -77,18 +80,7 @@ class VllmMetrics:
 
     def finished(self, model: str, span: RequestSpan) -> None:
         labels = (model, "0")
-        self._prompt_tokens.labels(*labels).inc(span.num_prompt_tokens)
-        computed = max(span.num_prompt_tokens - span.num_cached_tokens, 0)
-        for source, num_tokens in (
-            ("local_compute", computed),
-            ("local_cache_hit", span.num_cached_tokens),
-        ):
-            self._prompt_tokens_by_source.labels(*labels, source).inc(num_tokens)
-        self._prompt_tokens_cached.labels(*labels).inc(span.num_cached_tokens)
-        self._prefix_queries.labels(*labels).inc(span.num_prompt_tokens)
-        self._prefix_hits.labels(*labels).inc(span.num_cached_tokens)
-        self._request_prompt_tokens.observe(span.num_prompt_tokens, labels)
-        self._computed_tokens.observe(computed, labels)
+        self._count_prompt(labels, span)
         self._params_n.observe(span.sampling.n, labels)
         if span.sampling.max_tokens is not None:
             self._params_max_tokens.observe(span.sampling.max_tokens, labels)
@@ -97,6 +89,29 @@ class VllmMetrics:
         for transfer in span.transfers:
             self._transfer_s.observe(transfer.duration_ms / 1e3, labels)
             self._transfer_bytes.observe(transfer.num_bytes, labels)
+
+    def _count_prompt(self, labels: tuple[str, str], span: RequestSpan) -> None:
+        """Each token once, by where it came from first. That its KV was then handed over to another
+        worker is no source."""
+        num_cached = min(span.num_cached_tokens, span.num_prompt_tokens)
+        num_fetched = min(span.num_fetched_tokens, num_cached)
+        num_hit, num_computed = num_cached - num_fetched, span.num_prompt_tokens - num_cached
+        self._prompt_tokens.labels(*labels).inc(span.num_prompt_tokens)
+        for source, num_tokens in {
+            "local_compute": num_computed,
+            "local_cache_hit": num_hit,
+            "external_kv_transfer": num_fetched,
+        }.items():
+            self._prompt_tokens_by_source.labels(*labels, source).inc(num_tokens)
+        self._prompt_tokens_cached.labels(*labels).inc(num_cached)
+        for source, num_tokens in {"device": num_hit, "p2p": num_fetched}.items():
+            self._cached_by_source.labels(*labels, source).inc(num_tokens)
+        self._prefix_queries.labels(*labels).inc(span.num_prompt_tokens)
+        self._prefix_hits.labels(*labels).inc(num_hit)
+        self._external_queries.labels(*labels).inc(span.num_prompt_tokens - num_hit)
+        self._external_hits.labels(*labels).inc(num_fetched)
+        self._request_prompt_tokens.observe(span.num_prompt_tokens, labels)
+        self._computed_tokens.observe(num_computed, labels)
 
     def _observe_choices(self, labels: tuple[str, str], span: RequestSpan) -> None:
         for choice in span.choices:
@@ -133,24 +148,47 @@ class VllmMetrics:
         """A request was turned away for lack of capacity; `reason` is a cause in lower case."""
         self._rejections.labels(model, reason).inc()
 
-    def show(self, model: str, block_size: int, snapshots: Iterable[WorkerSnapshot]) -> None:
-        """The fleet's state, when it is scraped."""
+    def show(
+        self,
+        model: str,
+        block_size: int,
+        snapshots: Iterable[WorkerSnapshot],
+        totals: WorkerTotals,
+        num_parked: int,
+    ) -> None:
+        """The fleet's state, when it is scraped; `num_parked` requests wait at the gateway."""
         loads, labels = list(snapshots), (model, "0")
         total = sum(load.total_blocks for load in loads)
         free = sum(load.free_blocks for load in loads)
         waiting_for_kv = sum(load.num_waiting_for_kv for load in loads)
+        waiting = num_parked + sum(load.num_waiting for load in loads)
         self._running.labels(*labels).set(sum(load.num_running for load in loads))
-        self._waiting.labels(*labels).set(sum(load.num_waiting for load in loads) + waiting_for_kv)
+        self._waiting.labels(*labels).set(waiting + waiting_for_kv)
+        self._waiting_by_reason.labels(*labels, "capacity").set(waiting)
+        self._waiting_by_reason.labels(*labels, "deferred").set(waiting_for_kv)
         self._kv_usage.labels(*labels).set(1 - free / total if total else 0.0)
         self._kv_fetches.labels(*labels, "in_progress").set(waiting_for_kv)
         self._cache_info.clear()
         self._cache_info.labels("0", str(block_size), str(total), "True").set(1)
+        self._show_totals(labels, totals)
+
+    def _show_totals(self, labels: tuple[str, str], totals: WorkerTotals) -> None:
+        new, self._shown = totals - self._shown, totals
+        self._preemptions.labels(*labels).inc(new.num_preemptions)
+        self._failed_transfers.labels(*labels).inc(new.num_failed_fetches)
+        self._expired.labels(*labels).inc(new.num_expired_leases)
+        self._step_tokens.show(totals.steps_by_tokens, totals.num_step_tokens, labels)
 
     # ── declared ─────────────────────────────────────────────────────────────────────────────────
 
     def _declare_state(self) -> None:
         self._running = self._gauge("num_requests_running", "Sequences in the engines' batches.")
         self._waiting = self._gauge("num_requests_waiting", "Sequences that wait.")
+        self._waiting_by_reason = self._gauge(
+            "num_requests_waiting_by_reason",
+            "Sequences that wait: for room, or for remote KV.",
+            "reason",
+        )
         self._kv_usage = self._gauge("kv_cache_usage_perc", "KV blocks in use; 1 = all.")
         self._kv_fetches = self._gauge(
             "num_requests_kv_fetch_by_stage", "Sequences that wait for remote KV.", "stage"
@@ -168,9 +206,23 @@ class VllmMetrics:
             "prompt_tokens_by_source", "Prompt tokens by where their KV came from.", "source"
         )
         self._prompt_tokens_cached = self._counter("prompt_tokens_cached", "Cached prompt tokens.")
+        self._cached_by_source = self._counter(
+            "prompt_tokens_cached_by_source", "Cached tokens by whose cache it was.", "source"
+        )
         self._generation_tokens = self._counter("generation_tokens", "Output tokens.")
         self._prefix_queries = self._counter("prefix_cache_queries", "Tokens looked up.")
         self._prefix_hits = self._counter("prefix_cache_hits", "Of these, tokens found.")
+        self._external_queries = self._counter(
+            "external_prefix_cache_queries", "Tokens looked up in the caches of other workers."
+        )
+        self._external_hits = self._counter(
+            "external_prefix_cache_hits", "Of these, tokens fetched from there."
+        )
+        self._preemptions = self._counter("num_preemptions", "Preempted sequences.")
+        self._failed_transfers = self._counter(
+            "nixl_num_failed_transfers", "Transfers of KV that ended early."
+        )
+        self._expired = self._counter("nixl_num_kv_expired_reqs", "KV leases that expired.")
         self._success = self._counter("request_success", "Finished requests.", "finished_reason")
         self._rejections = Counter(
             "vllm:admission_rejections",
@@ -208,6 +260,9 @@ class VllmMetrics:
         )
         self._longest_generation = self._histogram(
             "request_max_num_generation_tokens", "Output tokens of the longest choice.", _TOKENS
+        )
+        self._step_tokens = self._histogram(
+            "iteration_tokens_total", "Tokens computed in one step of one worker.", STEP_TOKENS
         )
         self._computed_tokens = self._histogram(
             "request_prefill_kv_computed_tokens", "Prompt tokens that were computed.", _TOKENS

@@ -81,6 +81,8 @@ from baton.wire_workers import (
     snapshot_to_pb,
     timing_from_pb,
     timing_to_pb,
+    totals_from_pb,
+    totals_to_pb,
     transport_from_pb,
     transport_to_pb,
     worker_info_from_pb,
@@ -241,6 +243,7 @@ def worker_message_to_pb(message: WorkerMessage) -> pb.WorkerMessage:
             snapshot=snapshot_to_pb(message.snapshot),
             timing=None if message.timing is None else timing_to_pb(message.timing),
             heartbeat_seq=message.heartbeat_seq,
+            totals=None if message.totals is None else totals_to_pb(message.totals),
         )
     )
 
@@ -258,6 +261,7 @@ def worker_message_from_pb(message: pb.WorkerMessage) -> WorkerMessage:
         snapshot=snapshot_from_pb(step.snapshot),
         timing=timing_from_pb(step.timing) if step.HasField("timing") else None,
         heartbeat_seq=step.heartbeat_seq,
+        totals=totals_from_pb(step.totals) if step.HasField("totals") else None,
     )
 
 

@@ -1,6 +1,7 @@
 """What workers say of themselves, to and from protobuf. See `baton.wire`, which is what everybody
 imports."""
 
+from baton.totals import STEP_TOKENS, WorkerTotals
 from baton.types import (
     NO_KV,
     LinkRate,
@@ -11,6 +12,7 @@ from baton.types import (
     WorkerSnapshot,
 )
 from baton.v1 import common_pb2 as pb
+from baton.v1 import worker_pb2
 from baton.wire_checks import (
     DIGEST_BYTES,
     MAX_ADDRESS_LEN,
@@ -176,4 +178,26 @@ def timing_from_pb(message: pb.StepTiming) -> StepTiming:
         num_decodes=message.num_decodes,
         context_tokens=message.context_tokens,
         duration_ms=finite(message.duration_ms, "duration_ms"),
+    )
+
+
+def totals_to_pb(totals: WorkerTotals) -> worker_pb2.WorkerTotals:
+    return worker_pb2.WorkerTotals(
+        num_preemptions=totals.num_preemptions,
+        num_failed_fetches=totals.num_failed_fetches,
+        num_expired_leases=totals.num_expired_leases,
+        num_step_tokens=totals.num_step_tokens,
+        steps_by_tokens=totals.steps_by_tokens,
+    )
+
+
+def totals_from_pb(message: worker_pb2.WorkerTotals) -> WorkerTotals:
+    if len(message.steps_by_tokens) != len(STEP_TOKENS) + 1:
+        raise refuse(f"steps_by_tokens has {len(message.steps_by_tokens)} counts")
+    return WorkerTotals(
+        num_preemptions=message.num_preemptions,
+        num_failed_fetches=message.num_failed_fetches,
+        num_expired_leases=message.num_expired_leases,
+        num_step_tokens=message.num_step_tokens,
+        steps_by_tokens=tuple(message.steps_by_tokens),
     )

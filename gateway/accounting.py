@@ -183,6 +183,7 @@ class RequestRecord:
             queue_s=min((report.queue_ms for report in reports), default=0.0) / 1e3,
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_tokens=sum(report.num_cached_tokens for report in reports),
+            num_fetched_tokens=sum(p.num_tokens for report in reports for p in report.prefixes),
             sampling=self._sampling,
             choices=choices,
             is_error=self.outcome not in {OK, CANCELLED},

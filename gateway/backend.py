@@ -14,6 +14,7 @@ from typing import Protocol
 from baton.errors import Cause
 from baton.messages import PrefixFetched
 from baton.pooling import PoolingInfo, PoolingRequest
+from baton.totals import NO_TOTALS, WorkerTotals
 from baton.types import Logprobs, Request, Role, TokenChunk, TransferStats, WorkerSnapshot
 
 
@@ -126,6 +127,8 @@ class ClusterView:
     hand_overs: HandOvers = HandOvers()
     conflicts: tuple[PairConflict, ...] = ()
     is_redis_reachable: bool = False
+    totals: WorkerTotals = NO_TOTALS  # of all workers, since this gateway heard of them
+    num_parked: int = 0  # requests that wait here for room on a worker
 
 
 class PrefillPath(StrEnum):

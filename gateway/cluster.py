@@ -114,7 +114,7 @@ def refresh_fleet_gauges(metrics: GatewayMetrics, view: ClusterView) -> None:
     metrics.fleet_leases.set(sum(load.num_leases for load in loads))
     if metrics.vllm is not None and view.workers:
         first = view.workers[0]
-        metrics.vllm.show(first.model, first.block_size, loads)
+        metrics.vllm.show(first.model, first.block_size, loads, view.totals, view.num_parked)
     for disaggregation in Disaggregation:
         is_now = disaggregation is view.hand_overs.state
         metrics.disaggregation.labels(disaggregation.value).set(is_now)

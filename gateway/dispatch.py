@@ -159,6 +159,11 @@ class Dispatcher:
     def machines(self) -> Mapping[str, MigratingMachine]:
         return self._machines
 
+    @property
+    def num_parked(self) -> int:
+        """Requests that wait for room."""
+        return len(self._parked)
+
     # ── requests ─────────────────────────────────────────────────────────────────────────────────
 
     def open(

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from dataclasses import replace
 
 from baton.config import GatewayConfig
 from baton.errors import BatonError, Cause
@@ -168,12 +169,13 @@ class Orchestrator:
         waiting = [s.info for name, s in sorted(self._sessions.items()) if name not in known]
         workers = (*up, *(_connecting(info) for info in waiting))
         self._look_for_hand_overs()
-        return ClusterView(
-            workers,
-            view.links,
-            self._hand_overs.view(),
-            self._readiness.conflicts(),
-            bool(self._discovery.reachable),
+        return replace(
+            view,
+            workers=workers,
+            hand_overs=self._hand_overs.view(),
+            conflicts=self._readiness.conflicts(),
+            is_redis_reachable=bool(self._discovery.reachable),
+            num_parked=self._dispatcher.num_parked,
         )
 
     def open(self, request: Request) -> RequestStream:

@@ -9,6 +9,7 @@ from math import inf
 
 from baton.errors import Cause
 from baton.gateway.backend import ClusterView, LinkView, Moved, WorkerState, WorkerView
+from baton.gateway.fleet_totals import FleetTotals
 from baton.latency import LatencyModel, LinkModel, trust_in, unseen_for
 from baton.messages import (
     Abort,
@@ -176,6 +177,7 @@ class Fleet:
     """Every worker with a session, and the links between them."""
 
     def __init__(self) -> None:
+        self.totals = FleetTotals()
         self._workers: dict[str, Worker] = {}  # in the order of their ids
         self._links: dict[tuple[str, str], Link] = {}
         # Transfers under way: leg on D → (link, bytes that the link was told to expect).
@@ -239,6 +241,7 @@ class Fleet:
         worker = self._workers.get(worker_id)
         if worker is not None and worker.state is WorkerState.LOST:
             del self._workers[worker_id]
+            self.totals.forget(worker_id)
             for key in [key for key in self._links if worker_id in key]:
                 del self._links[key]
 
@@ -296,6 +299,8 @@ class Fleet:
         worker.snapshot = batch.snapshot
         if is_news:
             self._learn_rates(worker)
+        if batch.totals is not None:
+            self.totals.heard(worker.info, batch.totals)
         if batch.timing is not None:
             worker.stepped(batch.timing, now_ms)
         if worker.state in {WorkerState.UP, WorkerState.STUCK}:
@@ -360,4 +365,5 @@ class Fleet:
         return ClusterView(
             tuple(worker.view() for worker in self),
             tuple(link.view() for _, link in links if link.was_tried),
+            totals=self.totals.sum,
         )

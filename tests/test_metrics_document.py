@@ -11,10 +11,12 @@ from prometheus_client.metrics import MetricWrapperBase
 from baton.gateway.link_metrics import LinkMetrics
 from baton.histogram import LoopHistogram
 from baton.telemetry import GatewayMetrics, WorkerMetrics
+from baton.vllm_metrics import VllmMetrics
 from baton.worker.metrics import MetricsServer
 
 DOCUMENT = Path(__file__).parents[1] / "docs/metrics.md"
-ROW = re.compile(r"^\| `(?P<name>baton_\w+)` \| (?P<type>\w+) \| (?P<labels>[^|]*)\| \S.* \|$")
+NAME = r"`(?P<name>(baton_|vllm:)\w+)`"
+ROW = re.compile(rf"^\| {NAME} \| (?P<type>\w+) \| (?P<labels>[^|]*)\| \S.* \|$")
 
 Series = dict[str, tuple[str, tuple[str, ...]]]  # name → type, labels
 
@@ -65,6 +67,17 @@ def test_the_gateways() -> None:
     GatewayMetrics(registry)
     links = of_families(LinkMetrics(lambda: ()).collect())
     assert documented("Gateway") == declared(registry) | links
+
+
+def test_the_gateways_under_vllms_names() -> None:
+    registry = CollectorRegistry()
+    VllmMetrics(registry)
+    common = ("model_name", "engine")
+    found = {
+        name: (kind, tuple(label for label in labels if label not in common))
+        for name, (kind, labels) in declared(registry).items()
+    }
+    assert documented("Under vLLM's names") == found
 
 
 def test_every_series_is_set_somewhere() -> None:

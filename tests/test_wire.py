@@ -35,6 +35,7 @@ from baton.messages import (
     Submit,
 )
 from baton.pooling import PoolingInfo, PoolingInput, PoolingRequest, PoolingTask
+from baton.totals import STEP_TOKENS, WorkerTotals
 from baton.types import (
     NO_KV,
     FinishReason,
@@ -252,12 +253,14 @@ snapshot = st.builds(
     draining=st.booleans(),
     link_rates=st.lists(st.builds(LinkRate, name, st.booleans(), duration), max_size=3).map(tuple),
 )
+per_bucket = st.tuples(*[u64] * (len(STEP_TOKENS) + 1))
 batch = st.builds(
     StepBatch,
     st.lists(leg_message, max_size=3).map(tuple),
     snapshot,
     st.none() | st.builds(StepTiming, u32, u32, u32, u32, duration),
     u64,
+    st.none() | st.builds(WorkerTotals, u64, u64, u64, u64, per_bucket),
 )
 
 

@@ -23,6 +23,7 @@ from baton.types import (
     SamplingParams,
 )
 from baton.v1 import common_pb2, kv_pb2, worker_pb2
+from baton.wire_workers import totals_from_pb
 from tests.test_wire import assert_refused
 
 LEG = LegId("r", 1)
@@ -113,6 +114,7 @@ def test_ticket_digests_have_their_length(field: str, change: Callable[[bytes], 
             ),
         ),
         (wire.worker_message_from_pb, worker_pb2.WorkerMessage(step=worker_pb2.StepBatch())),
+        (totals_from_pb, worker_pb2.WorkerTotals(steps_by_tokens=[1, 2])),
         (wire.layout_from_pb, common_pb2.KVLayout()),
         (
             wire.layout_from_pb,

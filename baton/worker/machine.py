@@ -55,6 +55,7 @@ from baton.messages import (
     StepBatch,
     Submit,
 )
+from baton.totals import WorkerTotals
 from baton.types import (
     KVRange,
     LegId,
@@ -98,11 +99,13 @@ class WorkerMachine:
         random_id: Callable[[], bytes] = lambda: secrets.token_bytes(16),
         step_age_ms: Callable[[], float] = lambda: 0.0,
         link_rates: Callable[[], tuple[LinkRate, ...]] = tuple,
+        totals: Callable[[], WorkerTotals] = WorkerTotals,
     ) -> None:
         """
         Args:
             step_age_ms: for how long the engine's present step has been running.
             link_rates: what is known of the links to other workers.
+            totals: what this worker has counted.
             first_epoch, random_id: where epochs start and how transfer ids are drawn; given only
                 to make a run repeatable.
         """
@@ -125,6 +128,7 @@ class WorkerMachine:
         )
         self._step_age_ms = step_age_ms
         self._link_rates = link_rates
+        self._totals = totals
         self._ticked_at_ms = 0
         self._role = policy.role
         self._draining = False
@@ -178,8 +182,8 @@ class WorkerMachine:
             return []
         known.silence_ms = 0
         if isinstance(message, Heartbeat):
-            beat = StepBatch((), self.snapshot(), heartbeat_seq=message.seq)
-            return [Send(session, beat)]
+            snapshot, totals = self.snapshot(), self._totals()
+            return [Send(session, StepBatch((), snapshot, None, message.seq, totals))]
         try:
             self._handle(session, message, now_ms)
         except BatonError as error:

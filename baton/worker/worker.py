@@ -30,6 +30,7 @@ from baton.worker.machine import WorkerMachine
 from baton.worker.policy import WorkerPolicy
 from baton.worker.runtime import Observer, WorkerRuntime
 from baton.worker.scores import Scored, ScoreDesk
+from baton.worker.totals import TotalsCounter
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class Worker:
         self.core = core
         self.latency = LatencyModel()
         self.links = LinkTable()
+        totals = TotalsCounter()
         machine = WorkerMachine(
             info,
             policy,
@@ -68,11 +70,12 @@ class Worker:
             grant_keys,
             step_age_ms=self._step_age_ms,
             link_rates=self.links.rates,
+            totals=totals.read,
         )
+        totals.watch(machine.producer.leases.counts)
         self.scores = ScoreDesk(info, self._post)
-        self.runtime = WorkerRuntime(
-            machine, plane.exports, (_Learner(self.latency), self.scores, *observers), failpoints
-        )
+        watching = (_Learner(self.latency), self.scores, totals, *observers)
+        self.runtime = WorkerRuntime(machine, plane.exports, watching, failpoints)
         marks = LayerMarks(info.layout, self.runtime.layers_ready)
         self.engine = EngineThread(
             core,

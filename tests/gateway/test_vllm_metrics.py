@@ -5,6 +5,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
+from baton.totals import WorkerTotals
 from baton.types import Role, SamplingParams, WorkerSnapshot
 from baton.vllm_metrics import ChoiceSpan, RequestSpan, VllmMetrics
 
@@ -62,7 +63,10 @@ async def test_the_board_finds_its_series(client: httpx.AsyncClient) -> None:
 
 
 def span(
-    *reasons: str | None, is_error: bool = False, sampling: SamplingParams | None = None
+    *reasons: str | None,
+    is_error: bool = False,
+    sampling: SamplingParams | None = None,
+    num_fetched_tokens: int = 0,
 ) -> RequestSpan:
     """Opened at 1 s, queued to 2 s, first tokens at 4 s, five tokens a choice until 8 s."""
     return RequestSpan(
@@ -72,6 +76,7 @@ def span(
         queue_s=1.0,
         num_prompt_tokens=100,
         num_cached_tokens=32,
+        num_fetched_tokens=num_fetched_tokens,
         sampling=sampling or SamplingParams(),
         choices=[ChoiceSpan(4.0, 8.0, 5, reason) for reason in reasons],
         is_error=is_error,
@@ -123,8 +128,58 @@ def test_the_fleet_is_one_engine() -> None:
         WorkerSnapshot(Role.DECODE, num_running=3, num_waiting=1, free_blocks=5, total_blocks=10),
         WorkerSnapshot(Role.PREFILL, num_waiting_for_kv=2, free_blocks=10, total_blocks=10),
     ]
-    metrics.show("m", 16, loads)
+    metrics.show("m", 16, loads, WorkerTotals(), num_parked=4)
     labels = {"model_name": "m", "engine": "0"}
     assert registry.get_sample_value("vllm:num_requests_running", labels) == 3
-    assert registry.get_sample_value("vllm:num_requests_waiting", labels) == 3
+    assert registry.get_sample_value("vllm:num_requests_waiting", labels) == 7
+    by_reason = "vllm:num_requests_waiting_by_reason"
+    assert registry.get_sample_value(by_reason, {**labels, "reason": "capacity"}) == 5
+    assert registry.get_sample_value(by_reason, {**labels, "reason": "deferred"}) == 2
     assert registry.get_sample_value("vllm:kv_cache_usage_perc", labels) == 0.25
+
+
+def test_each_prompt_token_has_one_source() -> None:
+    registry = CollectorRegistry()
+    metrics = VllmMetrics(registry)
+    metrics.finished("m", span("stop", num_fetched_tokens=12))
+    metrics.finished("m", span("stop"))
+    labels = {"model_name": "m", "engine": "0"}
+
+    def total(name: str, **more: str) -> float | None:
+        return registry.get_sample_value(f"vllm:{name}_total", {**labels, **more})
+
+    by_source = {
+        source: total("prompt_tokens_by_source", source=source)
+        for source in ("local_compute", "local_cache_hit", "external_kv_transfer")
+    }
+    assert by_source == {"local_compute": 136, "local_cache_hit": 52, "external_kv_transfer": 12}
+    assert total("prompt_tokens") == 200
+    assert total("prompt_tokens_cached") == 64
+    assert total("prompt_tokens_cached_by_source", source="device") == 52
+    assert total("prompt_tokens_cached_by_source", source="p2p") == 12
+    assert (total("prefix_cache_queries"), total("prefix_cache_hits")) == (200, 52)
+    external = total("external_prefix_cache_queries"), total("external_prefix_cache_hits")
+    assert external == (148, 12)
+
+
+def test_what_workers_count_is_shown_once() -> None:
+    registry = CollectorRegistry()
+    metrics = VllmMetrics(registry)
+    labels = {"model_name": "m", "engine": "0"}
+    steps = [0] * 14
+    steps[0], steps[2], steps[-1] = 5, 3, 1  # of 1, of 9 to 16, of more than 16384 tokens
+    totals = WorkerTotals(4, 3, 2, 20_050, tuple(steps))
+    for shown in (totals, totals, totals + WorkerTotals(num_preemptions=1)):
+        metrics.show("m", 16, [], shown, 0)
+
+    def value(name: str, **more: str) -> float | None:
+        return registry.get_sample_value(f"vllm:{name}", {**labels, **more})
+
+    assert value("num_preemptions_total") == 5
+    assert value("nixl_num_failed_transfers_total") == 3
+    assert value("nixl_num_kv_expired_reqs_total") == 2
+    buckets = {le: value("iteration_tokens_total_bucket", le=le) for le in ("1.0", "8.0", "16.0")}
+    assert buckets == {"1.0": 5, "8.0": 5, "16.0": 8}
+    assert value("iteration_tokens_total_bucket", le="16384.0") == 8
+    assert value("iteration_tokens_total_count") == 9
+    assert value("iteration_tokens_total_sum") == 20_050

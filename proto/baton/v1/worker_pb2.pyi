@@ -292,17 +292,33 @@ class LegMessage(_message.Message):
     tokens: _common_pb2.TokenChunk
     def __init__(self, queued: _Optional[_Union[Queued, _Mapping]] = ..., admitted: _Optional[_Union[Admitted, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., no_room: _Optional[_Union[NoRoom, _Mapping]] = ..., bound: _Optional[_Union[Bound, _Mapping]] = ..., imported: _Optional[_Union[Imported, _Mapping]] = ..., kv_failed: _Optional[_Union[KvFailed, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., lease_lost: _Optional[_Union[LeaseLost, _Mapping]] = ..., tokens: _Optional[_Union[_common_pb2.TokenChunk, _Mapping]] = ...) -> None: ...
 
+class WorkerTotals(_message.Message):
+    __slots__ = ("num_preemptions", "num_failed_fetches", "num_expired_leases", "num_step_tokens", "steps_by_tokens")
+    NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FAILED_FETCHES_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXPIRED_LEASES_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_BY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    num_preemptions: int
+    num_failed_fetches: int
+    num_expired_leases: int
+    num_step_tokens: int
+    steps_by_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, num_preemptions: _Optional[int] = ..., num_failed_fetches: _Optional[int] = ..., num_expired_leases: _Optional[int] = ..., num_step_tokens: _Optional[int] = ..., steps_by_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class StepBatch(_message.Message):
-    __slots__ = ("messages", "snapshot", "timing", "heartbeat_seq")
+    __slots__ = ("messages", "snapshot", "timing", "heartbeat_seq", "totals")
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_SEQ_FIELD_NUMBER: _ClassVar[int]
+    TOTALS_FIELD_NUMBER: _ClassVar[int]
     messages: _containers.RepeatedCompositeFieldContainer[LegMessage]
     snapshot: _common_pb2.WorkerSnapshot
     timing: _common_pb2.StepTiming
     heartbeat_seq: int
-    def __init__(self, messages: _Optional[_Iterable[_Union[LegMessage, _Mapping]]] = ..., snapshot: _Optional[_Union[_common_pb2.WorkerSnapshot, _Mapping]] = ..., timing: _Optional[_Union[_common_pb2.StepTiming, _Mapping]] = ..., heartbeat_seq: _Optional[int] = ...) -> None: ...
+    totals: WorkerTotals
+    def __init__(self, messages: _Optional[_Iterable[_Union[LegMessage, _Mapping]]] = ..., snapshot: _Optional[_Union[_common_pb2.WorkerSnapshot, _Mapping]] = ..., timing: _Optional[_Union[_common_pb2.StepTiming, _Mapping]] = ..., heartbeat_seq: _Optional[int] = ..., totals: _Optional[_Union[WorkerTotals, _Mapping]] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
     __slots__ = ("hello", "step", "checksum")
