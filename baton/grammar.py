@@ -23,6 +23,8 @@ from baton.types import StructuredKind, StructuredOutput
 PARAM = "structured_outputs"
 MAX_DEPTH = 32  # of JSON texts
 MAX_CACHED = 256  # compiled grammars
+# Their texts together: a compiled one takes up to a hundred times as much as its text.
+MAX_CACHED_CHARS = 4 << 20
 MAX_MESSAGE = 200  # characters of what the compiler says
 # About 50 k units of fuel a millisecond: what is over is refused as too complex.
 # Not to be followed to its end: a text that can only go on in one way, because some have no end
@@ -98,9 +100,14 @@ class Grammars:
         made = self.compile(spec)
         with self._lock:
             self._compiled[spec] = made
-            if len(self._compiled) > MAX_CACHED:
-                self._compiled.popitem(last=False)
+            self._make_room()
             return made.deep_copy()
+
+    def _make_room(self) -> None:
+        num_chars = sum(len(spec.text) for spec in self._compiled)
+        while num_chars > MAX_CACHED_CHARS or len(self._compiled) > MAX_CACHED:
+            oldest, _ = self._compiled.popitem(last=False)
+            num_chars -= len(oldest.text)
 
     def forget(self, spec: StructuredOutput) -> None:
         """Compile it anew the next time."""

@@ -183,3 +183,20 @@ async def test_the_pool_waits_no_longer_than_its_limit_and_serves_others() -> No
         await waiting
     grammars.go_on.set()
     pool.close()
+
+
+def test_large_grammars_make_room_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Grammars(tiny_tokenizer, VOCAB, (EOS,))
+    small, *large = [
+        StructuredOutput(KIND.CHOICE, json.dumps([letter * length]))
+        for letter, length in (("a", 10), ("b", 400), ("c", 400), ("d", 400))
+    ]
+    monkeypatch.setattr("baton.grammar.MAX_CACHED_CHARS", 1000)
+    for spec in (small, *large[:2], small):
+        made.matcher(spec)
+    assert all(spec in made for spec in (small, *large[:2]))
+    made.matcher(large[2])
+    assert [spec in made for spec in (small, *large)] == [True, False, True, True]
+    monkeypatch.setattr("baton.grammar.MAX_CACHED", 2)
+    made.matcher(large[0])
+    assert [spec in made for spec in (small, *large)] == [False, True, False, True]
