@@ -21,7 +21,8 @@ OnRefused = Callable[[str, Exception], None]  # (path of the route, why)
 class _JsonRequest(Request):
     """Reads the body once, before FastAPI asks for it."""
 
-    async def load(self, limits: LimitSettings) -> None:
+    async def load(self, limits: LimitSettings, turn: asyncio.Semaphore) -> None:
+        """`turn`: to parse a large body."""
         try:
             async with asyncio.timeout(limits.body_timeout_s):
                 body = await self.body()
@@ -31,7 +32,8 @@ class _JsonRequest(Request):
             raise InvalidRequest("The body is empty.")
         bounds = (limits.max_json_depth, limits.max_json_keys, limits.max_json_values)
         if len(body) > MAX_BYTES_AT_ONCE:
-            self._parsed = await asyncio.to_thread(parse_json, body, *bounds)
+            async with turn:
+                self._parsed = await asyncio.to_thread(parse_json, body, *bounds)
         else:
             self._parsed = parse_json(body, *bounds)
 
@@ -42,6 +44,10 @@ class _JsonRequest(Request):
 def json_route(limits: LimitSettings, on_refused: OnRefused) -> type[APIRoute]:
     """The route class of endpoints that take JSON. `on_refused` hears of every request that does
     not get as far as an answer."""
+
+    # The parser keeps the interpreter lock for long stretches. Threads that do so one after the
+    # other would keep it from the event loop for as long as all of them together take.
+    turn = asyncio.Semaphore(1)
 
     class JsonRoute(APIRoute):
         def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
@@ -54,7 +60,7 @@ def json_route(limits: LimitSettings, on_refused: OnRefused) -> type[APIRoute]:
             async def strict(request: Request) -> Response:
                 parsed = _JsonRequest(request.scope, request.receive)
                 try:
-                    await parsed.load(limits)
+                    await parsed.load(limits, turn)
                     return await handler(parsed)
                 except (BatonError, RequestValidationError, HTTPException) as error:
                     on_refused(self.path, error)

@@ -18,8 +18,9 @@ MAX_BYTES_AT_ONCE = 256 * 2**10  # of JSON that is parsed without letting anybod
 _ONE_KIND = bytes.maketrans(b"{}", b"[]")
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _BETWEEN_BRACKETS = 92  # "[" is one less, "]" one more
-_LONE_SURROGATE = re.compile(
-    rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]", re.DOTALL
+_ESCAPE_BYTES = 6
+_LONE_SURROGATE = re.compile(  # it begins with what is searched for quickly
+    rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|[c-fC-F](?<!\\u[dD][89abAB]..\\u[dD].))", re.DOTALL
 )
 
 
@@ -46,7 +47,7 @@ def parse_json(body: bytes, max_depth: int, max_keys: int, max_values: int) -> A
         raise InvalidRequest("The body is not UTF-8.") from None
     except ValueError:
         raise InvalidRequest("The body has a number with too many digits.") from None
-    if b"\\u" in body and _LONE_SURROGATE.search(body.replace(b"\\\\", b"__")):
+    if b"\\u" in body and _has_lone_surrogate(body.replace(b"\\\\", b"__")):
         raise InvalidRequest("The body has a lone surrogate in a string.")
     return value
 
@@ -72,6 +73,17 @@ def _check_structure(body: bytes, max_depth: int, max_keys: int, max_values: int
             depth = int(levels[-1])
             if levels.max() > max_depth:
                 raise InvalidRequest(f"The body is nested deeper than {max_depth} levels.")
+
+
+def _has_lone_surrogate(body: bytes) -> bool:
+    """`body` has no escaped backslashes. Looked at piece by piece, each with the escape behind it:
+    what is found there belongs to the next one."""
+    for start in range(0, len(body), MAX_BYTES_AT_ONCE):
+        stop = start + MAX_BYTES_AT_ONCE
+        found = _LONE_SURROGATE.search(body, start, stop + 2 * _ESCAPE_BYTES)
+        if found is not None and found.start() < stop:
+            return True
+    return False
 
 
 def _outside_strings(body: bytes) -> Iterator[bytes]:

@@ -1,7 +1,9 @@
 """What is refused before it is parsed, and JSON that is not quite JSON."""
 
+import asyncio
 import contextlib
 import json
+import time
 from typing import Any
 
 import httpx
@@ -10,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from baton.errors import InvalidRequest
+from baton.gateway import body as body_module
 from baton.gateway import strict_json
 from baton.gateway.limits import Keys
 from baton.gateway.message_fields import MessagesRequest
@@ -98,6 +101,47 @@ def test_brackets_in_strings_are_not_depth() -> None:
 
 def test_surrogate_pairs_are_characters() -> None:
     assert parse_json(b'{"a": "\\ud83d\\ude00"}') == {"a": "\U0001f600"}
+
+
+_ESCAPES = st.sampled_from([r"\ud83d", r"\uDE00", r"\u0041", r"\\", r"\\ud83d", "a", "ud83d"])
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 5, 6, 7, 11, 1000])
+@given(st.lists(_ESCAPES, max_size=8).map("".join))
+def test_lone_surrogates_are_found_wherever_pieces_end(piece_bytes: int, text: str) -> None:
+    body = f'{{"a": "{text}"}}'.encode()
+    value = json.loads(body)
+    is_text = not any(0xD800 <= ord(character) < 0xE000 for character in value["a"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strict_json, "MAX_BYTES_AT_ONCE", piece_bytes)
+        if is_text:
+            assert parse_json(body) == value
+        else:
+            with pytest.raises(InvalidRequest, match="surrogate"):
+                parse_json(body)
+
+
+async def test_large_bodies_are_parsed_one_at_a_time(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each keeps the interpreter from the event loop for a while, all of them together for long."""
+    running, most = 0, 0
+
+    def slow(*_: object) -> dict[str, str]:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.02)
+        running -= 1
+        return {"prompt": "Hi"}
+
+    monkeypatch.setattr(body_module, "MAX_BYTES_AT_ONCE", 10)
+    monkeypatch.setattr(body_module, "parse_json", slow)
+    answers = await asyncio.gather(
+        *(client.post(COMPLETIONS, content=GOOD, headers=JSON) for _ in range(8))
+    )
+    assert [answer.status_code for answer in answers] == [200] * 8
+    assert most == 1
 
 
 _SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
