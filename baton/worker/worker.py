@@ -74,7 +74,7 @@ class Worker:
         )
         totals.watch(machine.producer.leases.counts)
         self.scores = ScoreDesk(info, self._post)
-        watching = (_Learner(self.latency), self.scores, totals, *observers)
+        watching: tuple[Observer, ...] = (_Learner(self.latency), self.scores, totals, *observers)
         self.runtime = WorkerRuntime(machine, plane.exports, watching, failpoints)
         marks = LayerMarks(info.layout, self.runtime.layers_ready)
         self.engine = EngineThread(
