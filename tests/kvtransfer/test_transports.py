@@ -342,7 +342,12 @@ async def test_one_probe_at_a_time_the_others_wait(pair: Pair) -> None:
         await probe(pair.consumer, peer, make_layout(), "d0", 4 << 20, 30.0)
         running.append(source._num_probes)
 
-    await asyncio.gather(*map(one, range(5)))
+    async with source._turn:
+        probes = asyncio.gather(*map(one, range(5)))
+        async with asyncio.timeout(30.0):
+            while source._num_probes < 5:
+                await asyncio.sleep(0.01)
+    await probes
     assert running == sorted(running, reverse=True)
     async with asyncio.timeout(30.0):
         while source._num_probes:
