@@ -322,3 +322,15 @@ async def test_who_has_everything_is_told_nothing() -> None:
     call.watch(None)
     await asyncio.wait({call.reading})
     assert not told
+
+
+async def test_more_frames_than_there_is_credit_for_end_the_call() -> None:
+    asked = opening()
+    frames = [memoryview(b"frame")] * (asked.initial_credit + 1)
+    call = FetchCall(ScriptedCall(OPENED, *frames), asked)
+    await call.answer()
+    await asyncio.wait({call.reading})
+    assert len(await call.frames(100)) == asked.initial_credit
+    with pytest.raises(BatonError) as caught:
+        await call.frames(1)
+    assert caught.value.cause is Cause.PROTOCOL

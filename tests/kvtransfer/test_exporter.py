@@ -225,3 +225,25 @@ async def test_close_waits_for_the_reading_and_tells_once(pool: Pool) -> None:
         await reading
     await attachment.close()
     assert gate.told == [("closed", attachment.epoch)]
+
+
+async def test_nothing_is_packed_after_a_cut(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut while it waits for the consumer's credit."""
+    room, packed = asyncio.Event(), []
+
+    class Full(Unbounded):
+        async def take(self, max_frames: int, frame_bytes: int = 0) -> int:
+            await room.wait()
+            return max_frames
+
+    gate = Gate(pool, 64, end_payload=None)
+    attachment = await Exporter(pool.memory, gate, 1000).attach(make_fetch(64))
+    monkeypatch.setattr(attachment, "_pack", lambda *asked: packed.append(asked))
+    first = asyncio.create_task(anext(attachment.frames(Full())))
+    await asyncio.sleep(0)
+    gate.feeds[0].cut(BatonError(Cause.LEASE_UNKNOWN, "evicted"))
+    room.set()
+    with pytest.raises(BatonError, match="evicted"):
+        await first
+    assert not packed
+    await attachment.close()

@@ -21,8 +21,9 @@ from baton.kvtransfer.frames import MAX_FRAME_BYTES
 from baton.kvtransfer.importer import Importer
 from baton.kvtransfer.pump import MAX_CREDIT
 from baton.kvtransfer.shm import ShmTransport
+from baton.kvtransfer.shm_inlet import Inlet
 from baton.kvtransfer.shm_ring import Ring, RingReader, RingWriter
-from baton.kvtransfer.shm_socket import TOKEN_BYTES, Place
+from baton.kvtransfer.shm_socket import POSTED, TOKEN_BYTES, Place, listen, remove
 from baton.types import KVRange, TransportAddress
 from tests.kvtransfer.support import (
     NUM_LAYERS,
@@ -256,3 +257,24 @@ async def test_a_killed_worker_leaves_a_folder_that_the_next_one_removes(
         assert len(folders()) == 2
     assert folders() == set()
     assert segments() <= before
+
+
+async def test_more_frames_than_there_is_credit_for() -> None:
+    listening, path = listen()
+    inlet, ring, frames = Inlet(path), Ring(), []
+    connection, _ = listening.accept()
+    inlet.open(bytes(TOKEN_BYTES), num_allowed=1)
+    inlet.allow(1)
+    ring.hand_over(connection)
+    for index in range(3):
+        connection.send(POSTED.pack(index, 1))
+    async with asyncio.timeout(30):
+        while len(frames) < 2:
+            frames += await inlet.take(8)
+        with pytest.raises(BatonError) as caught:
+            await inlet.take(8)
+    assert caught.value.cause is Cause.PROTOCOL
+    assert len(frames) == 2
+    for end in (connection, listening):
+        end.close()
+    remove(path)

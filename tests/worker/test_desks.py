@@ -254,6 +254,14 @@ async def test_a_complete_fetch_is_reported_with_its_first_tokens() -> None:
     assert outcomes.num_frames == 1
 
 
+async def test_a_link_learns_from_every_complete_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk, outcomes = make(ScriptedTransport("one", end_payload(CHUNKS, DIGEST)))
+    learned: list[TransferStats] = []
+    monkeypatch.setattr(desk._links, "learn", lambda _link, stats: learned.append(stats))
+    await run(desk)
+    assert learned == [outcomes.seen[0][1]]
+
+
 async def test_an_end_that_makes_no_sense_fails_the_fetch() -> None:
     desk, outcomes = make(ScriptedTransport("one", end_payload(CHUNKS, b"x" * 32)))
     await run(desk)

@@ -1,5 +1,7 @@
 """The worker machine where sequences decode: bound, fetched, computed, ended."""
 
+from dataclasses import replace
+
 import pytest
 
 from baton.engine import commands
@@ -26,6 +28,7 @@ from baton.messages import (
 )
 from baton.types import (
     KVRange,
+    KVTicket,
     TokenChunk,
 )
 from baton.worker.effects import FetchKV
@@ -92,6 +95,18 @@ def test_a_failed_fetch_is_told_and_refetched(machine: WorkerMachine) -> None:
     assert posted(effects) == [commands.KVFailed(D, 32)]
     again = machine.receive(S1, Rebind(D, fetch.fetch.source, TRANSPORTS, "h"), 0)
     assert only(again, FetchKV).fetch.range.token_start == 32
+
+
+def test_a_ticket_for_another_request_is_refused_at_rebind(machine: WorkerMachine) -> None:
+    ticket = bound(machine).fetch.source
+    assert isinstance(ticket, KVTicket)
+    machine.fetch_failed(D, 32, Cause.FRAME_CORRUPT, "checksum", 0)
+    other = replace(ticket, tokens_digest=b"x" * 32)
+    effects = machine.receive(S1, Rebind(D, other, TRANSPORTS, "h"), 0)
+    assert not [effect for effect in effects if isinstance(effect, FetchKV)]
+    (refusal,) = told(effects)
+    assert isinstance(refusal, Failed)
+    assert refusal.cause is Cause.TOKENS_MISMATCH
 
 
 def test_a_failed_fetch_is_computed_locally(machine: WorkerMachine) -> None:
