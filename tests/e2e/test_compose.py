@@ -8,11 +8,16 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+
+from baton import LLM
+from tests.engine.tiny_pooling import save_pooling_model
+from tests.tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 BODY = {"model": "demo_model", "temperature": 0, "ignore_eos": True, "stream": True}
@@ -20,7 +25,7 @@ pytestmark = [pytest.mark.compose, pytest.mark.timeout(1500)]
 
 
 class Compose:
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, **env: str) -> None:
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120.0)
         self.env = {
             **os.environ,
@@ -29,6 +34,7 @@ class Compose:
             "BATON_THREADS": "1",
             "BATON_KV_CACHE_MEMORY_BYTES": "64MiB",
             "DOCKER_BUILDKIT": "0",  # needs no buildx
+            **env,
         }
 
     def run(self, *args: str, timeout_s: float = 300) -> str:
@@ -72,18 +78,24 @@ class Compose:
         return text
 
 
-@pytest.fixture(scope="module")
-def compose() -> Iterator[Compose]:
+@contextmanager
+def built(port: int, **env: str) -> Iterator[Compose]:
     if subprocess.run(["docker", "info"], capture_output=True, check=False).returncode:
         pytest.skip("no Docker Engine")
-    running = Compose(18080)
+    running = Compose(port, **env)
     try:
         running.run("build", "gateway", timeout_s=1200)
-        running.scale(1, 1)
         yield running
     finally:
-        running.run("down", "--volumes", "--timeout", "5")
+        running.run("--profile", "pooling", "down", "--volumes", "--timeout", "5")
         running.client.close()
+
+
+@pytest.fixture(scope="module")
+def compose() -> Iterator[Compose]:
+    with built(18080) as running:
+        running.scale(1, 1)
+        yield running
 
 
 def test_a_completion_is_handed_over(compose: Compose) -> None:
@@ -128,3 +140,27 @@ def test_scaling_under_streams_drops_none(compose: Compose) -> None:
         thread.join(120)
     assert not faults
     assert len(finished) >= 3
+
+
+def test_an_embedding_model_on_pooling_workers(tmp_path: Path) -> None:
+    folder = save_pooling_model(tmp_path / "bert", "bert", pooling="mean", normalizes=True)
+    tiny_tokenizer()._backend.save(str(folder / "tokenizer.json"))
+    for path in (tmp_path, *tmp_path.rglob("*")):
+        path.chmod(0o755)  # the container's user is another one
+    env = {"COMPOSE_PROJECT_NAME": "baton-test-pooling", "BATON_MODELS_DIR": str(tmp_path)}
+    texts = ["A relay race", "pass"]
+    with built(18081, BATON_MODEL="/models/bert", **env) as running:
+        running.run(
+            *("--profile", "pooling", "up", "-d", "--wait", "--scale", "pooling=2"),
+            *("gateway", "pooling"),
+        )
+        answer = running.client.post("/v1/embeddings", json={"input": texts})
+        assert answer.status_code == 200, answer.text
+        roles = [w["role"] for w in running.client.get("/v1/cluster").json()["workers"]]
+    with LLM(str(folder), dtype="float32") as llm:
+        expected = [output.outputs.embedding for output in llm.embed(texts, use_tqdm=False)]
+    found = [entry["embedding"] for entry in answer.json()["data"]]
+    assert len(found) == len(texts)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    assert roles == ["pooling"] * 2
