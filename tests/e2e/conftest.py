@@ -28,6 +28,8 @@ EXACT = {"BATON_BATCH_INVARIANT": "true", "BATON_DTYPE": "float32", "BATON_MAX_M
 EXACT |= {"BATON_LOCAL_PREFILL": "fallback"}
 SMALL = {"BATON_KV_CACHE_MEMORY_BYTES": "32MiB", "BATON_MAX_NUM_BATCHED_TOKENS": "128"}
 
+_LEASE_S = 40.0  # of a default lease, and some more
+
 Fleet = harness.FleetUnderTest
 FleetMaker = Callable[..., AbstractContextManager[Fleet]]
 
@@ -42,10 +44,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @contextmanager
 def start_fleet(*workers: str, **env: str) -> Iterator[Fleet]:
+    """Ends with a look for leaks, whatever was done to the fleet."""
     with harness.new_directory() as directory:
         fleet = Fleet(Path(directory), DEMO_MODEL, {**EXACT, **SMALL, **env})
         try:
             yield fleet.start(*workers)
+            fleet.assert_no_leak(_LEASE_S)
         finally:
             fleet.close()
 

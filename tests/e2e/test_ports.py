@@ -98,8 +98,8 @@ def wait_for_threads(pid: int, num_threads: int) -> None:
 
 def test_every_series_is_documented_and_there(fleet) -> None:
     text = (Path(__file__).parents[2] / "docs/metrics.md").read_text(encoding="utf-8")
-    _, gateway, worker, _ = re.split(r"^## .*$", text, flags=re.MULTILINE)
-    assert exposed(fleet.client.get("/metrics").text) == names_in(gateway)
+    _, gateway, vllm, worker, _ = re.split(r"^## .*$", text, flags=re.MULTILINE)
+    assert exposed(fleet.client.get("/metrics").text) == names_in(gateway) | names_in(vllm)
     for name in WORKERS:
         log = fleet.logs[name].read_text(errors="replace")
         (port,) = set(re.findall(r"metrics on port (\d+)", log))
@@ -109,9 +109,9 @@ def test_every_series_is_documented_and_there(fleet) -> None:
 
 
 def exposed(text: str) -> set[str]:
-    names = re.findall(r"^# TYPE (baton_\w+) ", text, re.MULTILINE)
+    names = re.findall(r"^# TYPE ((?:baton_|vllm:)\w+) ", text, re.MULTILINE)
     return {name for name in names if not name.endswith("_created")}
 
 
 def names_in(section: str) -> set[str]:
-    return set(re.findall(r"^\| `(baton_\w+)`", section, re.MULTILINE))
+    return set(re.findall(r"^\| `((?:baton_|vllm:)\w+)`", section, re.MULTILINE))
