@@ -209,6 +209,8 @@ class GenerationResponse(Response):
                 beside = asyncio.create_task(writer.watch(patience))
                 try:
                     await self._write_deltas(how, writer)
+                    # Before the loop turns: who has read the end finds it counted.
+                    self._generation.close()
                 except Exception as error:
                     if not writer.started:
                         raise

@@ -337,3 +337,24 @@ async def test_a_finished_request_is_one_log_line_without_its_text(
     assert "Hello" not in line
     for part in ("cached 2", "tokenize", "queue", "prefill", "first_byte", "4096 B over grpc"):
         assert part in line
+
+
+async def test_whoever_has_read_the_end_finds_it_counted(
+    app: FastAPI, backend: FakeBackend, context: Context, say: Callable[[str], Script]
+) -> None:
+    counted: list[float] = []
+
+    class Reader(Call):
+        async def _send(self, message: Message) -> None:
+            await super()._send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                asyncio.get_running_loop().call_soon(count)
+
+    def count() -> None:
+        counted.append(context.metrics.requests.labels(COMPLETIONS, "ok")._value.get())
+
+    backend.script = say("Hello world")
+    for stream in (True, False):
+        await asyncio.wait_for(Reader(app, {"prompt": "Hi", "stream": stream}).done, 30)
+        await asyncio.sleep(0)
+    assert counted == [1, 2]
